@@ -120,9 +120,11 @@ def paper(key: str | int) -> Paper:
 
 
 def nearest(key: str, n: int = 3) -> list[str]:
-    """The slugs nearest to `key` in spelling, also within words of titles."""
-    slugs = [found.slug for found in papers()]
-    close = difflib.get_close_matches(key.lower(), slugs, n=n, cutoff=0.4)
-    word = key.lower().replace("-", " ")
-    inside = [found.slug for found in papers() if word and word in found.title.lower()]
-    return list(dict.fromkeys([*inside, *close]))[:n] or slugs[:n]
+    """The `n` slugs nearest to `key` in spelling: as a whole, or in one of their words."""
+
+    def likeness(slug: str) -> float:
+        ratios = [difflib.SequenceMatcher(None, key.lower(), slug).ratio()]
+        ratios += [difflib.SequenceMatcher(None, key.lower(), w).ratio() for w in slug.split("-")]
+        return max(ratios)
+
+    return sorted((found.slug for found in papers()), key=likeness, reverse=True)[:n]

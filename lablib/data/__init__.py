@@ -18,6 +18,7 @@ _HOME = {
     "ByteTokenizer": "tokenizers",
     "BPETokenizer": "tokenizers",
     "train_bpe": "tokenizers",
+    "END_OF_TEXT": "tokenizers",
     "encode_documents": "tokenizers",
     "Batches": "batches",
     "sequential": "batches",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lablib.files import atomic_write
 
-END = "<|endoftext|>"
+END_OF_TEXT = "<|endoftext|>"
 
 
 class ByteTokenizer:
@@ -27,13 +27,13 @@ class ByteTokenizer:
 class BPETokenizer:
     """Byte-level byte-pair encoding (Sennrich et al., 2016), kept by the `tokenizers` package.
 
-    `END` is one token and stands for both the start and the end of a text.
+    `END_OF_TEXT` is one token and stands for both the start and the end of a text.
     """
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.vocab_size = tokenizer.get_vocab_size()
-        self.bos = self.eos = tokenizer.token_to_id(END)
+        self.bos = self.eos = tokenizer.token_to_id(END_OF_TEXT)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without bos and eos."""
@@ -44,7 +44,7 @@ class BPETokenizer:
         return [found.ids for found in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, END dropped."""
+        """Text of ids, the end token dropped."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def save(self, path: str | Path) -> None:
@@ -65,12 +65,12 @@ class BPETokenizer:
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast(
-            tokenizer_object=self.tokenizer, bos_token=END, eos_token=END
+            tokenizer_object=self.tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
         )
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens (at least 257: the bytes and END).
+    """A byte-level BPE of at most `vocab_size` tokens (at least 257: the bytes and the end token).
 
     Raises ValueError when vocab_size is below 257 or there is no text.
     """
@@ -86,7 +86,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return BPETokenizer(tokenizer)

@@ -40,10 +40,10 @@ class Verdict:
 def judge(claim: Claim, values: Any, tier: str, note: str = "") -> Verdict:
     """The verdict on `claim` from values alone.
 
-    values: for a number, it, or several to average; for a formula, the pair (ours, independent) of
-    arrays of one shape; for a direction, the pair (method, baseline) of sequences, one value a seed,
-    or one sequence of differences. A direction is judged from three seeds on, at the cpu or gpu
-    tier; numbers and formulas are judged everywhere.
+    values: for a number, it, or several to average; for a formula, the pair (ours, independent)
+    of arrays of one shape; for a direction, the pair (method, baseline) of sequences, one value a
+    seed, or one sequence of differences. A direction is judged from three seeds on, at the cpu or
+    gpu tier; numbers and formulas are judged everywhere.
     Raises ValueError when the values have another form, or there are none.
     """
     judges = {"number": _number, "formula": _formula, "direction": _direction}

@@ -65,7 +65,7 @@ def line(fig: go.Figure, x: Sequence, runs: Any, name: str, **style: Any) -> go.
 
 
 def bars(fig: go.Figure, names: Sequence[str], runs: Any, **style: Any) -> go.Figure:
-    """Add one bar a name: the mean of its row of `runs` (len(names), seeds), 95 % interval drawn."""
+    """Add one bar a name: mean and 95 % interval of its row of `runs` (len(names), seeds)."""
     rows = [interval(row) for row in np.atleast_2d(np.asarray(runs, dtype=float))]
     half = [high - mean if np.isfinite(high) else 0 for mean, _, high in rows]
     colors = [PALETTE[place % len(PALETTE)] for place in range(len(names))]

@@ -1,0 +1,38 @@
+"""`python -m lablib bench`: each benchmark prints its own table."""
+
+import importlib.util
+
+from lablib.papers import papers
+from lablib.paths import project_dir
+
+
+def kernels(tier: str | None = None) -> None:
+    """Time every op of lablib.kernels against naive, torch.compile and the best peer."""
+    if importlib.util.find_spec("lablib.kernels") is None:
+        print("lablib.kernels holds no op yet, so there is nothing to time")
+        return
+    from lablib.kernels.bench import bench_kernels
+
+    bench_kernels()
+
+
+def training(tier: str | None = None) -> None:
+    """Time `fit` against a bare PyTorch loop and against transformers' own model."""
+    from lablib.training.bench import bench_training
+
+    bench_training()
+
+
+def labs(tier: str | None = None) -> None:
+    """Run every lab at a tier (smoke unless told) and hold it against the tier's budget."""
+    from lablib.lab.verify import budget_line, run
+
+    tier = tier or "smoke"
+    root = project_dir()
+    paths = [found.paths["lab"] for found in papers() if found.present]
+    for path in [root / "labs" / "00-start-here.ipynb", *paths]:
+        _, seen = run(path, tier)
+        print(budget_line(path.stem, tier, seen["seconds"], seen["peak_gb"]), flush=True)
+
+
+BENCHMARKS = {"kernels": kernels, "training": training, "labs": labs}
