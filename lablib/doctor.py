@@ -65,7 +65,8 @@ def _machine() -> Iterator[Finding]:
     free = shutil.disk_usage(cache_dir()).free / 1e9
     state = "ok" if free > 2 else "fix"
     fix = "" if free > 2 else "set-up needs 2 GB: free some, or point LABLIB_HOME elsewhere"
-    yield Finding(state, f"{free:.0f} GB free in {cache_dir()}", fix)
+    folder = str(cache_dir()).replace(os.path.expanduser("~"), "~", 1)
+    yield Finding(state, f"{free:.0f} GB free in {folder}", fix)
 
 
 def _memory_gb() -> float | None:

@@ -50,6 +50,7 @@ def run(path: Path, tier: str, *, timeout: int = 1800) -> tuple[nbformat.Noteboo
     """
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
+    from traitlets.config import Config
 
     book = nbformat.read(path, as_version=4)
     book.cells.append(nbformat.v4.new_code_cell(_PROBE))
@@ -63,6 +64,7 @@ def run(path: Path, tier: str, *, timeout: int = 1800) -> tuple[nbformat.Noteboo
             resources={"metadata": {"path": str(path.parent)}},
             record_timing=False,
             store_widget_state=False,
+            config=Config({"KernelManager": {"transport": "tcp" if os.name == "nt" else "ipc"}}),
         )
         start = time.perf_counter()
         try:

@@ -1,8 +1,8 @@
 """Large Language Models as Markov Chains (Zekri et al., 2024): a model is a finite chain.
 
-Lab 201. A model with T tokens and a context of K is a Markov chain on the sequences of length 1 to K
-(section 3): it appends a token, and drops the oldest one once K are there. The second half follows
-section 4: how well a model learns a Markov chain from a prompt, as the prompt grows.
+Lab 201. A model with T tokens and a context of K is a Markov chain on the sequences of length 1 to
+K (section 3): it appends a token, and drops the oldest one once K are there. The second half
+follows section 4: how well a model learns a Markov chain from a prompt, as the prompt grows.
 """
 
 import itertools
