@@ -101,7 +101,7 @@ def _prepared() -> Iterator[Finding]:
         count = sum(not corpus.online for corpus in CORPORA.values())
         yield Finding("ok", f"{count} corpora are ready")
     if importlib.util.find_spec("torch"):
-        from lablib.models.pretrained import is_ready, local_names
+        from lablib.models.weights import is_ready, local_names
 
         missing = [name for name in local_names() if not is_ready(name)]
         if missing:

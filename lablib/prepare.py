@@ -32,7 +32,7 @@ def prepare_all() -> None:
 
 def _models() -> list:
     # The model code imports torch (seconds): readiness is asked of the file system alone.
-    from lablib.models.pretrained import is_ready, local_names, prepare_model
+    from lablib.models.weights import is_ready, local_names, prepare_model
 
     return [
         (f"model {name}", lambda n=name: is_ready(n), lambda n=name: prepare_model(n))

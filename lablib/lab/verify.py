@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -50,7 +51,6 @@ def run(path: Path, tier: str, *, timeout: int = 1800) -> tuple[nbformat.Noteboo
     """
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
-    from traitlets.config import Config
 
     book = nbformat.read(path, as_version=4)
     book.cells.append(nbformat.v4.new_code_cell(_PROBE))
@@ -64,11 +64,11 @@ def run(path: Path, tier: str, *, timeout: int = 1800) -> tuple[nbformat.Noteboo
             resources={"metadata": {"path": str(path.parent)}},
             record_timing=False,
             store_widget_state=False,
-            config=Config({"KernelManager": {"transport": "tcp" if os.name == "nt" else "ipc"}}),
         )
         start = time.perf_counter()
         try:
-            client.execute(env={**os.environ, **settings})
+            # The kernel's own log is dropped; what cells print to stderr comes another way.
+            client.execute(env={**os.environ, **settings}, stderr=subprocess.DEVNULL)
         except CellExecutionError as error:
             raise LabFailed(f"{path.name} failed:\n{error}") from None
         seconds = time.perf_counter() - start

@@ -1,0 +1,1 @@
+"""Part 1: language models, from counts to transformers."""

@@ -1,0 +1,223 @@
+"""Read and write Llama-family models of Hugging Face transformers.
+
+Known families: Llama, Mistral (without a sliding window), Qwen2 and Qwen3.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lablib.models.gpt import GPT, GPTConfig
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+# Ours on the left, theirs on the right, below model.layers.N / blocks.N.
+_BLOCK_NAMES = {
+    "attention_norm": "input_layernorm",
+    "attention.query_norm": "self_attn.q_norm",
+    "attention.key_norm": "self_attn.k_norm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+_TOP_NAMES = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+
+
+def hub_name(name: str) -> str:
+    """Our parameter's name in transformers: blocks.0.mlp.up.weight -> model.layers.0....
+
+    Raises KeyError when a Llama-family file has no place for it.
+    """
+    module, _, leaf = name.rpartition(".")
+    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", module):
+        return f"model.layers.{match[1]}.{_BLOCK_NAMES[match[2]]}.{leaf}"
+    return f"{_TOP_NAMES[module]}.{leaf}"
+
+
+def config_from_hub(config: dict) -> GPTConfig:
+    """A transformers config.json, as a dictionary, in our terms.
+
+    Raises ValueError naming what we can't represent (another architecture or activation,
+    a sliding window, an unknown rotary scaling).
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(
+            f"model_type {family!r} is not of the Llama family; known are {', '.join(FAMILIES)}"
+        )
+    _refuse_what_differs(config, family)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    bias = config.get("attention_bias", False)
+    return GPTConfig(
+        vocab_size=config["vocab_size"],
+        dim=config["hidden_size"],
+        n_layers=config["num_hidden_layers"],
+        n_heads=config["num_attention_heads"],
+        n_kv_heads=config.get("num_key_value_heads"),
+        head_dim=config.get("head_dim") or (128 if family == "qwen3" else None),
+        ffn_dim=config["intermediate_size"],
+        max_length=config["max_position_embeddings"],
+        rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10_000.0,
+        rope_scaling={k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None,
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        init_std=config.get("initializer_range", 0.02),
+        qk_norm=family == "qwen3",
+        qkv_bias=True if family == "qwen2" else bias,
+        output_bias=False if family == "qwen2" else bias,
+        mlp_bias=config.get("mlp_bias", False),
+        tied=config.get("tie_word_embeddings", False),
+    )
+
+
+def _refuse_what_differs(config: dict, family: str) -> None:
+    if (activation := config.get("hidden_act", "silu")) != "silu":
+        raise ValueError(f"hidden_act {activation!r} is not supported: GPT's mlp uses silu")
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if window and family != "llama" and window < config["max_position_embeddings"]:
+        raise ValueError(
+            f"sliding_window {window} is not supported: GPT attends to all earlier positions"
+        )
+
+
+def config_to_hub(config: GPTConfig) -> dict:
+    """The config.json that transformers reads, in the simplest family that fits.
+
+    Raises ValueError when no known family has this combination of biases and norms.
+    """
+    c = config
+    family = _family_of(c)
+    rope = {"rope_type": "default"} | (c.rope_scaling or {}) | {"rope_theta": c.rope_theta}
+    written = {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.dim,
+        "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads,
+        "num_key_value_heads": c.n_kv_heads,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.ffn_dim,
+        "max_position_embeddings": c.max_length,
+        "rope_theta": c.rope_theta,
+        "rope_parameters": rope,
+        "rms_norm_eps": c.norm_eps,
+        "initializer_range": c.init_std,
+        "hidden_act": "silu",
+        "tie_word_embeddings": c.tied,
+        "attention_bias": family != "qwen2" and c.qkv_bias,
+        "mlp_bias": c.mlp_bias,
+    }
+    if c.rope_scaling:
+        written["rope_scaling"] = c.rope_scaling
+    return written
+
+
+def _family_of(c: GPTConfig) -> str:
+    if c.qk_norm and c.qkv_bias == c.output_bias and not c.mlp_bias:
+        return "qwen3"
+    if c.qkv_bias and not (c.output_bias or c.mlp_bias or c.qk_norm):
+        return "qwen2"
+    if c.qkv_bias == c.output_bias and not c.qk_norm:
+        return "llama"
+    raise ValueError(
+        f"no Llama-family model has qk_norm={c.qk_norm}, qkv_bias={c.qkv_bias}, "
+        f"output_bias={c.output_bias} and mlp_bias={c.mlp_bias} together"
+    )
+
+
+def from_hf(source: nn.Module | str | Path, dtype: torch.dtype | None = None) -> GPT:
+    """A `GPT` with the weights of a transformers model, or of a folder that it was saved to.
+
+    source: a model, or a folder with config.json and *.safetensors, which is mapped into
+    memory rather than read (parameters that you change are copied, the file stays).
+    dtype: None keeps that of the weights.
+    Raises ValueError for an architecture that GPT can't represent, FileNotFoundError for a
+    folder without config.json or weights.
+    """
+    if isinstance(source, nn.Module):
+        config, weights = source.config.to_dict(), source.state_dict()
+    else:
+        config, weights = _read_folder(Path(source))
+    with torch.device("meta"):
+        model = GPT(config_from_hub(config))
+    state = {name: weights.get(hub_name(name)) for name in model.state_dict()}
+    if model.config.tied and state["head.weight"] is None:
+        state["head.weight"] = state["embedding.weight"]
+    if missing := [name for name, value in state.items() if value is None]:
+        raise ValueError(f"the weights have no {hub_name(missing[0])} ({len(missing)} missing)")
+    model.load_state_dict(state, assign=True)
+    if model.config.tied:
+        model.head.weight = model.embedding.weight
+    return model.to(dtype) if dtype else model
+
+
+def _read_folder(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    from safetensors.torch import load_file
+
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: it is no saved model")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no *.safetensors weights")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    weights = {}
+    for file in files:
+        weights |= load_file(file)
+    return config, weights
+
+
+def to_hf(model: GPT, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write config.json and model.safetensors so that transformers can load them.
+
+    dtype: what to store; None keeps the parameters'.
+    Raises ValueError when a part was replaced by one that a Llama-family file has no place
+    for, before anything is written.
+    """
+    from safetensors.torch import save_file
+
+    from lablib.files import atomic_write
+
+    config = config_to_hub(model.config)
+    weights = _named_for_hub(model)
+    kept = dtype or next(iter(weights.values())).dtype
+    weights = {name: w.detach().to("cpu", kept).contiguous() for name, w in weights.items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "model.safetensors") as path:
+        save_file(weights, path, metadata={"format": "pt"})
+    config["dtype"] = config["torch_dtype"] = str(kept).removeprefix("torch.")
+    with atomic_write(folder / "config.json") as path:
+        Path(path).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _named_for_hub(model: GPT) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        plain = GPT(model.config).state_dict()
+    state = model.state_dict()
+    for name in state.keys() ^ plain.keys():
+        raise ValueError(f"{name} differs from a plain GPT: a Llama-family file can't hold it")
+    for name, value in state.items():
+        if value.shape != plain[name].shape:
+            raise ValueError(
+                f"{name} is {tuple(value.shape)}, but its config says {tuple(plain[name].shape)}"
+            )
+    return {
+        hub_name(n): w for n, w in state.items() if not (model.config.tied and n == "head.weight")
+    }

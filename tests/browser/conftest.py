@@ -1,0 +1,82 @@
+"""JupyterLab on loopback, over a copy of the labs, and headless Chromium."""
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from lablib.paths import project_dir
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
+SETTINGS = '{"windowingMode": "none", "autoStartDefaultKernel": true}'
+
+
+@pytest.fixture(scope="session")
+def jupyter(tmp_path_factory):
+    """Address and token of a JupyterLab over a scratch copy of labs/; stopped at the end."""
+    root = tmp_path_factory.mktemp("jupyter")
+    shutil.copytree(project_dir() / "labs", root / "labs")
+    settings = root / "settings" / "@jupyterlab" / "notebook-extension"
+    settings.mkdir(parents=True)
+    # Only cells in view are drawn otherwise, and a test could not reach the rest.
+    (settings / "tracker.jupyterlab-settings").write_text(SETTINGS)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    token = secrets.token_hex(16)
+    environment = {
+        **os.environ,
+        "LABLIB_TIER": "smoke",
+        "JUPYTER_TOKEN": token,
+        "JUPYTERLAB_SETTINGS_DIR": str(root / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(root / "workspaces"),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("LABLIB_STATIC", None)
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1"]
+    command += [f"--port={port}", f"--ServerApp.root_dir={root}", "--allow-root"]
+    with open(root / "jupyter.log", "w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for(f"{address}/api/status?token={token}", server)
+        yield address, token
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def _wait_for(address, server, seconds=90):
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        assert server.poll() is None, "JupyterLab stopped before it was ready"
+        try:
+            urllib.request.urlopen(address, timeout=2).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    raise AssertionError(f"JupyterLab did not answer in {seconds} s")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium of the system."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
+    if path is None:
+        pytest.fail("no Chromium on this machine: install the system's chromium package")
+    flags = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    flags += ["--disable-component-update", "--disable-sync"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        flags.append("--no-sandbox")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=path, args=flags)
+        yield chromium
+        chromium.close()
