@@ -155,8 +155,7 @@ def from_hf(source: nn.Module | str | Path, dtype: torch.dtype | None = None) ->
         config, weights = source.config.to_dict(), source.state_dict()
     else:
         config, weights = _read_folder(Path(source))
-    with torch.device("meta"):
-        model = GPT(config_from_hub(config))
+    model = _empty(config_from_hub(config))
     state = {name: weights.get(hub_name(name)) for name in model.state_dict()}
     if model.config.tied and state["head.weight"] is None:
         state["head.weight"] = state["embedding.weight"]
@@ -166,6 +165,24 @@ def from_hf(source: nn.Module | str | Path, dtype: torch.dtype | None = None) ->
     if model.config.tied:
         model.head.weight = model.embedding.weight
     return model.to(dtype) if dtype else model
+
+
+def _empty(config: GPTConfig) -> GPT:
+    """A GPT whose parameters are shapes only.
+
+    Random numbers are skipped, too: drawing them on the meta device imports torch's compiler,
+    which takes seconds.
+    """
+    kinds = (GPT, nn.Linear, nn.Embedding)
+    saved = [kind.reset_parameters for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.reset_parameters = lambda self: None
+        with torch.device("meta"):
+            return GPT(config)
+    finally:
+        for kind, function in zip(kinds, saved, strict=True):
+            kind.reset_parameters = function
 
 
 def _read_folder(folder: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -208,8 +225,7 @@ def to_hf(model: GPT, folder: str | Path, dtype: torch.dtype | None = None) -> N
 
 
 def _named_for_hub(model: GPT) -> dict[str, Tensor]:
-    with torch.device("meta"):
-        plain = GPT(model.config).state_dict()
+    plain = _empty(model.config).state_dict()
     state = model.state_dict()
     for name in state.keys() ^ plain.keys():
         raise ValueError(f"{name} differs from a plain GPT: a Llama-family file can't hold it")
