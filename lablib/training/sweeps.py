@@ -29,8 +29,9 @@ def sweep(
 
     A row is the point plus "result", what the function returned (JSON types), and lies in a file
     of its own in `folder`, written whole or not at all. Points whose file is there are not run
-    again, so an interrupted sweep goes on where it stopped. executor: any of concurrent.futures, such as a
-    Dask client's; by default a process pool of `workers`, so the function must be importable.
+    again, so an interrupted sweep goes on where it stopped.
+    executor: any of concurrent.futures, such as a Dask client's; by default a process pool of
+    `workers`, so the function must be importable.
     When a point raises, the others are still finished; then the first error is raised.
     """
     folder = Path(folder)
