@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+ROPE_TYPES = ("default", "linear", "llama3")
+
 
 @dataclass
 class GPTConfig:
@@ -25,7 +27,7 @@ class GPTConfig:
     ffn_dim: width of the SwiGLU layer; None gives 8/3 dim, rounded up to a multiple of 16.
     rope_scaling: None, or {"rope_type": "linear" | "llama3", "factor": ..., ...} as in
         transformers' configurations.
-    Raises ValueError when heads don't divide.
+    Raises ValueError when heads don't divide, or for another rope_scaling.
     """
 
     vocab_size: int = 4096
@@ -59,6 +61,16 @@ class GPTConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs")
+        if self.rope_type not in ROPE_TYPES:
+            raise ValueError(
+                f"rope_scaling {self.rope_type!r} is unknown; known are {', '.join(ROPE_TYPES)}"
+            )
+
+    @property
+    def rope_type(self) -> str:
+        """How rotary frequencies are scaled, one of ROPE_TYPES."""
+        scaling = self.rope_scaling or {}
+        return scaling.get("rope_type", scaling.get("type", "default"))
 
 
 class RMSNorm(nn.Module):
@@ -80,15 +92,11 @@ def rotary_frequencies(config: GPTConfig, device=None) -> Tensor:
     """Radians a position turns each pair of features: (head_dim / 2,), float32."""
     exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponent  # theta_i = base^(-2i/d)
-    scaling = config.rope_scaling or {"rope_type": "default"}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return frequencies
-    if kind == "linear":
-        return frequencies / scaling["factor"]
-    if kind == "llama3":
-        return _llama3_frequencies(frequencies, scaling)
-    raise ValueError(f"rope_scaling {kind!r} is unknown; known are default, linear, llama3")
+    if config.rope_type == "linear":
+        return frequencies / config.rope_scaling["factor"]
+    if config.rope_type == "llama3":
+        return _llama3_frequencies(frequencies, config.rope_scaling)
+    return frequencies
 
 
 def _llama3_frequencies(frequencies: Tensor, scaling: dict) -> Tensor:

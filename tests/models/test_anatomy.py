@@ -1,0 +1,67 @@
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from lablib.models import GPT, GPTConfig, anatomy
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MODELS = {
+    "gpt": lambda: GPT(GPTConfig(60, 32, 2, 4, 2)),
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES)),
+    "gpt2": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    ),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    torch.manual_seed(0)
+    return MODELS[request.param]().eval()
+
+
+def test_every_matrix_of_the_blocks_is_a_projection(model):
+    found = {id(m.weight) for m in anatomy.projections(model).values()}
+    matrices = {id(p) for p in anatomy.blocks(model).parameters() if p.ndim == 2}
+    assert found == matrices
+
+
+def test_embedding_head_and_final_norm_make_the_logits(model):
+    seen = {}
+    norm = anatomy.final_norm(model)
+    norm.register_forward_hook(lambda _, args, output: seen.update(states=output))
+    tokens = torch.randint(60, (2, 7))
+    logits = anatomy.logits(model, tokens)
+    torch.testing.assert_close(anatomy.head(model)(seen["states"]), logits)
+    assert anatomy.embedding(model).weight.shape == (60, 32)
+
+
+def test_norms_are_two_a_block_and_the_last(model):
+    norms = anatomy.norms(model)
+    assert len(norms) == 5 and list(norms.values())[-1] is anatomy.final_norm(model)
+
+
+def test_a_replaced_part_takes_effect(model):
+    tokens = torch.randint(60, (1, 5))
+    before = anatomy.logits(model, tokens)
+    anatomy.replace_part(model, -1, "mlp", nn.Identity())
+    assert isinstance(anatomy.part(model, 1, "mlp"), nn.Identity)
+    assert not torch.allclose(before, anatomy.logits(model, tokens))
+
+
+def test_an_unknown_model_or_role_is_named():
+    with pytest.raises(ValueError, match="Linear has the layout of none"):
+        anatomy.blocks(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="GPT has no projection 'q'; it has query"):
+        anatomy.projections(MODELS["gpt"](), "q")
+    with pytest.raises(ValueError, match="'ffn' is no part of a block"):
+        anatomy.part(MODELS["gpt"](), 0, "ffn")
