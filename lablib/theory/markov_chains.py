@@ -18,6 +18,39 @@ from torch import Tensor
 Model = Callable[[Tensor], Tensor]  # (batch, length) int64 -> logits (batch, length, vocabulary)
 
 
+# Ways to write English in a few symbols. The first is Markov's own: in 1913 he counted vowels and
+# consonants in 20,000 letters of Pushkin, and so drew the first Markov chain of a text.
+ALPHABETS: dict[int, dict[str, str]] = {
+    2: {"V": "aeiouy", "C": "bcdfghjklmnpqrstvwxz"},
+    3: {"V": "aeiouy", "C": "bcdfghjklmnpqrstvwxz", "_": " "},
+    4: {"V": "aeiouy", "C": "bcdfghjklmnpqrstvwxz", "_": " ", ".": ".,;:!?"},
+    8: {
+        "e": "e",
+        "V": "aiouy",
+        "N": "lmnr",
+        "T": "bcdgkpqt",
+        "S": "fhjsvwxz",
+        "_": " ",
+        ",": ",;:",
+        ".": ".!?",
+    },
+}
+
+
+def symbolize(text: str, size: int) -> np.ndarray:
+    """Text written in the `size` symbols of ALPHABETS: (n,) int64; other characters are left out.
+
+    White space counts as one space. Raises ValueError when there is no alphabet of that size.
+    """
+    if size not in ALPHABETS:
+        raise ValueError(
+            f"no alphabet has {size} symbols; there are {', '.join(map(str, ALPHABETS))}"
+        )
+    place = {c: i for i, group in enumerate(ALPHABETS[size].values()) for c in group}
+    clean = " ".join(text.lower().split())
+    return np.array([place[c] for c in clean if c in place], np.int64)
+
+
 def n_states(vocabulary: int, context: int) -> int:
     """Sequences of length 1 to `context` over `vocabulary` tokens: T + T^2 + ... + T^K."""
     return sum(vocabulary**length for length in range(1, context + 1))
@@ -263,15 +296,90 @@ def sample_path(
 
 
 @torch.inference_mode()
-def in_context_predictions(model: Model, symbols: Sequence[int], prompts: np.ndarray) -> np.ndarray:
+def generate_windowed(
+    model: Model, context: int, vocabulary: int, walkers: int, steps: int, seed: int = 0
+) -> np.ndarray:
+    """Text as the model itself writes it with a window of `context`: (walkers, steps) tokens.
+
+    Each walker starts from a random token, and the model is called on its last `context` tokens for
+    every new one. Nothing of the matrix is used, so it can be checked against this.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(vocabulary, (walkers, 1), generator=generator)
+    for _ in range(steps):
+        shares = model(text[:, -context:])[:, -1].float().softmax(-1)
+        text = torch.cat([text, torch.multinomial(shares, 1, generator=generator)], 1)
+    return text[:, 1:].numpy()
+
+
+def state_frequencies(texts: np.ndarray, context: int, vocabulary: int) -> np.ndarray:
+    """Share of each full context among the windows of texts (walkers, n): (T ** K,), sums to 1."""
+    windows = np.lib.stride_tricks.sliding_window_view(texts, context, axis=1)
+    values = windows @ vocabulary ** np.arange(context - 1, -1, -1)
+    return np.bincount(values.ravel(), minlength=vocabulary**context) / values.size
+
+
+def worst_distance(matrix: sparse.csr_matrix, stationary: np.ndarray, steps: int) -> np.ndarray:
+    """The largest of all recurrent starts' distances after 0 to `steps` steps: (steps + 1,)."""
+    states = classes(matrix).recurrent_states
+    inner, target = matrix[states][:, states].T.tocsr(), stationary[states][:, None]
+    shares = np.eye(len(states))  # one column a start
+    distances = np.empty(steps + 1)
+    for step in range(steps + 1):
+        distances[step] = np.abs(shares - target).sum(0).max() / 2
+        shares = inner @ shares
+    return distances
+
+
+def mixing_time(
+    matrix: sparse.csr_matrix, stationary: np.ndarray, threshold: float = 0.25, limit: int = 100_000
+) -> int:
+    """Steps until the distance to `stationary` is at most `threshold` from every recurrent state.
+
+    Dense powers by doubling, then bisection: up to some thousand states. Raises ValueError when
+    `limit` steps are not enough.
+    """
+    states = classes(matrix).recurrent_states
+    target = stationary[states]
+    powers = [matrix[states][:, states].toarray()]
+
+    def far(power: np.ndarray) -> bool:
+        return np.abs(power - target).sum(1).max() / 2 > threshold
+
+    while far(powers[-1]):
+        if 2 ** len(powers) > limit:
+            raise ValueError(f"{limit} steps don't mix this chain: raise its temperature")
+        powers.append(powers[-1] @ powers[-1])
+    if len(powers) == 1:
+        return 1
+    done, reached = 2 ** (len(powers) - 2), powers[-2]
+    for exponent in range(len(powers) - 3, -1, -1):
+        further = reached @ powers[exponent]
+        if far(further):
+            done, reached = done + 2**exponent, further
+    return done + 1
+
+
+@torch.inference_mode()
+def in_context_predictions(
+    model: Model, symbols: Sequence[int], prompts: np.ndarray, separator: int | None = None
+) -> np.ndarray:
     """What a model expects next after every position of prompts of symbols.
 
     symbols: (d,) token ids that stand for the chain's states. prompts: (batch, n) int states.
+    separator: a token put after each symbol, such as a comma's.
     Returns (batch, n, d): the softmax over the symbols' logits. One prompt is run at a time.
     """
     ids = torch.as_tensor(list(symbols))
-    rows = [model(ids[torch.as_tensor(prompt)][None])[0][:, ids].float() for prompt in prompts]
-    return torch.stack(rows).softmax(-1).cpu().numpy()
+    rows = []
+    for prompt in prompts:
+        tokens = ids[torch.as_tensor(prompt)][:, None]
+        if separator is not None:
+            tokens = torch.cat([tokens, torch.full_like(tokens, separator)], 1)
+        width = tokens.shape[1]
+        logits = model(tokens.reshape(1, -1))[0, width - 1 :: width]
+        rows.append(logits[:, ids].float().softmax(-1))
+    return torch.stack(rows).cpu().numpy()
 
 
 def frequency_predictions(prompts: np.ndarray, size: int, smoothing: float = 1.0) -> np.ndarray:

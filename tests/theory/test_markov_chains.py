@@ -1,4 +1,7 @@
 import itertools
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from lablib.data import MarkovSource
+from lablib.exercises import markov_chains as exercises
 from lablib.theory import markov_chains as mc
 
 
@@ -172,6 +176,63 @@ def test_in_context_predictions_are_the_softmax_over_the_symbols():
     assert np.allclose(found, expected)
 
 
+def test_a_separator_is_read_before_each_prediction():
+    table = torch.randn(9, 9, generator=torch.Generator().manual_seed(0))
+
+    def model(tokens):  # two tokens back and the last one, so the separator matters
+        before = torch.nn.functional.pad(tokens, (1, 0))[:, :-1]
+        return table[before] + 2 * table[tokens]
+
+    prompts = np.array([[0, 1, 1]])
+    found = mc.in_context_predictions(model, [8, 3], prompts, separator=5)
+    expected = (table[[8, 3, 3]] + 2 * table[5])[:, [8, 3]].softmax(-1).numpy()
+    assert np.allclose(found[0], expected)
+
+
+def test_text_in_few_symbols():
+    assert mc.symbolize("To be, 2 B\n", 2).tolist() == [1, 0, 1, 0, 1]
+    assert mc.symbolize("A  b.", 4).tolist() == [0, 2, 1, 3]
+    for size, groups in mc.ALPHABETS.items():
+        assert len(groups) == size and len("".join(groups.values())) == len(
+            set("".join(groups.values()))
+        )
+    with pytest.raises(ValueError, match="no alphabet has 5 symbols"):
+        mc.symbolize("text", 5)
+
+
+def logits_as_model(logits, vocabulary):
+    """A model of the given table, whatever the window's length."""
+
+    def model(tokens):
+        rows = [mc.state(row, vocabulary) for row in tokens.tolist()]
+        return torch.from_numpy(logits[rows])[:, None]
+
+    return model
+
+
+def test_what_the_model_writes_is_distributed_as_the_matrix_says():
+    logits = random_logits(2, 3)
+    texts = mc.generate_windowed(logits_as_model(logits, 2), 3, 2, walkers=200, steps=220)
+    assert texts.shape == (200, 220)
+    found = mc.state_frequencies(texts[:, 20:], 3, 2)
+    expected = mc.stationary_distribution(mc.transition_matrix(logits, 3))[-8:]
+    assert np.abs(found - expected).max() < 0.015
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.6, 1.0, 3.0])
+def test_mixing_time_is_the_first_step_at_which_all_starts_are_near(temperature):
+    matrix = mc.transition_matrix(random_logits(2, 3, seed=4), 3, temperature)
+    stationary = mc.stationary_distribution(matrix)
+    found = mc.mixing_time(matrix, stationary, threshold=0.1)
+    starts = mc.classes(matrix).recurrent_states
+    curves = [mc.total_variation(matrix, stationary, int(s), found) for s in starts]
+    worst = np.max(curves, axis=0)
+    assert np.allclose(mc.worst_distance(matrix, stationary, found), worst)
+    assert worst[found] <= 0.1 < worst[found - 1]
+    with pytest.raises(ValueError, match="don't mix this chain"):
+        mc.mixing_time(matrix, stationary, threshold=1e-9, limit=2)
+
+
 @given(st.floats(-2, -0.1), st.floats(0.1, 5))
 def test_a_power_law_is_found_again(exponent, coefficient):
     n = np.array([1, 2, 5, 10, 100])
@@ -188,3 +249,75 @@ def test_a_power_law_needs_positive_values():
 def test_octaves_average_within_doublings():
     centers, means = mc.octaves(np.arange(1, 65), first=8)
     assert np.allclose(means, [11.5, 23.5, 47.5]) and (np.diff(centers) > 0).all()
+
+
+def test_the_papers_37_448_states_take_under_ten_seconds():
+    from lablib.models import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=8, dim=32, n_layers=2, n_heads=2, max_length=8))
+    start = time.perf_counter()
+    logits = mc.next_token_logits(model, 5, range(8))
+    matrix = mc.transition_matrix(logits, 5)
+    found = mc.classes(matrix)
+    assert time.perf_counter() - start < 10
+    assert matrix.shape == (37_448, 37_448) and matrix.nnz == 8 * 37_448
+    assert len(found.recurrent_states) == 8**5 and found.recurrent.sum() == 1
+
+
+A_MILLION = """
+import resource
+from lablib.models import GPT, GPTConfig
+from lablib.theory import markov_chains as mc
+model = GPT(GPTConfig(vocab_size=10, dim=16, n_layers=1, n_heads=2, max_length=8))
+matrix = mc.transition_matrix(mc.next_token_logits(model, 6, range(10)), 6)
+assert matrix.shape[0] == 1_111_110
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read as Linux gives it")
+def test_a_million_states_fit_in_the_memory_of_a_small_machine():
+    ran = subprocess.run([sys.executable, "-c", A_MILLION], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout) < 1.2
+
+
+def unsmoothed(prompt, size):
+    after = [b for a, b in itertools.pairwise(prompt) if a == prompt[-1]]
+    return np.bincount(after, minlength=size) / max(len(after), 1)
+
+
+def smoothed_unigram(prompt, size):
+    return (np.bincount(prompt, minlength=size) + 1) / (len(prompt) + size)
+
+
+WRONG = {
+    "n_states": [
+        lambda vocabulary, context: vocabulary**context,
+        lambda vocabulary, context: mc.n_states(vocabulary, context) + 1,
+        lambda vocabulary, context: vocabulary * context,
+    ],
+    "stationary": [
+        lambda matrix: np.full(len(matrix), 1 / len(matrix)),
+        lambda matrix: 2 * mc._eliminate(matrix.copy()),
+        lambda matrix: matrix.mean(0),
+        lambda matrix: mc._eliminate(matrix.copy())[:, None],
+    ],
+    "predict_next": [unsmoothed, smoothed_unigram, lambda prompt, size: np.ones(size) / size],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_exercises_tell_right_from_wrong(name):
+    exercise = getattr(exercises, name)
+    exercise.test(exercise.reference)
+    for wrong in WRONG[name]:
+        with pytest.raises(AssertionError):
+            exercise.test(wrong)
+
+    def stub(*arguments):
+        raise NotImplementedError
+
+    with pytest.raises(NotImplementedError):
+        exercise.test(stub)
