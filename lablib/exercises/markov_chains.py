@@ -15,7 +15,7 @@ def _test_n_states(candidate) -> None:
     vocabulary, context = (int(value) for value in random.integers(2, 7, size=2))
     found, expected = candidate(vocabulary, context), _n_states(vocabulary, context)
     assert found != vocabulary**context, (
-        f"{found} counts the full contexts alone; prompts shorter than K = {context} are states, too"
+        f"{found} counts full contexts alone; prompts shorter than K = {context} are states, too"
     )
     assert found != expected + 1, "the empty sequence is no state: a model needs one token at least"
     assert found == expected, f"T = {vocabulary}, K = {context}: expected {expected}, not {found}"
@@ -53,8 +53,8 @@ def _test_predict_next(candidate) -> None:
     found, expected = np.asarray(candidate(prompt, 3), float), _predict_next(prompt, 3)
     assert abs(found.sum() - 1) < 1e-9, f"probabilities sum to 1; yours sum to {found.sum():.3f}"
     assert np.allclose(found, expected), (
-        f"after {prompt[-1]}: expected {expected.round(3)}, yours gives {found.round(3)}; count only "
-        "what followed earlier occurrences of the last symbol, then add one to each count"
+        f"after {prompt[-1]}: expected {expected.round(3)}, yours gives {found.round(3)}; count "
+        "only what followed earlier occurrences of the last symbol, then add one to each count"
     )
 
 
