@@ -120,7 +120,7 @@ def fit(
                 "max_steps": steps - history.resumed_from,
                 "accumulate_grad_batches": accumulate,
                 "gradient_clip_val": clip,
-                "callbacks": [watch],
+                "callbacks": [watch, *trainer.pop("callbacks", [])],
             }
             Trainer(**_BARE | options | trainer).fit(run, train_dataloaders=feed)
         run.flush()
@@ -273,6 +273,8 @@ def _watcher(run, feed, steps, accumulate, saver, held, progress):
     from lightning import Callback
 
     class Watcher(Callback):
+        bar = None
+
         def on_train_start(self, trainer, module):
             self.bar = _bar(steps, run.history.resumed_from) if progress else None
             self.start, self.shown = time.perf_counter(), 0.0
