@@ -117,8 +117,10 @@ def explore(function: Callable[..., Any], **controls: Any) -> Explorer:
 class Guess:
     """A guess that the reader makes before the result is shown. `value` is None until then."""
 
-    def __init__(self, question: str, picker: ipywidgets.Widget, unit: str):
-        self.question, self.unit = question, unit
+    def __init__(
+        self, question: str, picker: ipywidgets.Widget, unit: str, options: Sequence[str] = ()
+    ):
+        self.question, self.unit, self.options = question, unit, tuple(options)
         self.value: Any = None
         self.actual: Any = None
         self._picker = picker
@@ -166,7 +168,7 @@ def predict(
         picker.continuous_update = False
     else:
         raise ValueError("predict needs options, or low and high")
-    guess = Guess(question, picker, unit)
+    guess = Guess(question, picker, unit, options or ())
     if tiers.static():
         choices = "; ".join(options) if options else f"{low:g} to {high:g} {unit}".strip()
         text = f"Your guess? {question} ({choices})"

@@ -108,7 +108,7 @@ def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
 def successors(vocabulary: int, context: int) -> np.ndarray:
     """(n_states, T) int32: the state that follows each state when each token is appended.
 
-    Equation 2: a sequence of K tokens drops its oldest one, a shorter one only grows.
+    Section 3.1: a sequence of K tokens drops its oldest one, a shorter one only grows.
     """
     shorter = n_states(vocabulary, context - 1)
     longest = np.arange(vocabulary**context) % vocabulary ** (context - 1)
@@ -122,7 +122,7 @@ def transition_matrix(
 ) -> sparse.csr_matrix:
     """The chain's transition matrix Q: (n_states, n_states), T entries a row, float64.
 
-    logits: (n_states, T), from `next_token_logits`. Source: equation 2.
+    logits: (n_states, T), from `next_token_logits`. Source: section 3.1.
     Raises ValueError when the number of rows is not that of a context of `context`.
     """
     states, vocabulary = logits.shape
@@ -176,7 +176,7 @@ def stationary_distribution(
     subtraction, so tiny entries keep their digits); above that the lazy chain is iterated.
     Raises ValueError when several recurrent classes leave it undetermined, or when iteration does
     not settle (a chain at low temperature can take longer than anyone waits).
-    Source: proposition 3.2.
+    Source: section 3.2.
     """
     found = classes(matrix)
     if found.recurrent.sum() != 1:
@@ -237,7 +237,7 @@ def total_variation(
 def smallest_k_step_probability(
     logits: np.ndarray, context: int, temperature: float = 1.0
 ) -> float:
-    """epsilon of proposition 3.3: the smallest entry of Q^K over recurrent states i, j.
+    """The bound's epsilon (section 3.2): the smallest entry of Q^K over recurrent states i, j.
 
     K steps rewrite a full context, so each entry is one path's product, and the smallest is found
     backward, step by step, without forming Q^K.
@@ -255,11 +255,19 @@ def smallest_k_step_probability(
 def convergence_bound(epsilon: float, context: int, steps: np.ndarray) -> np.ndarray:
     """The paper's bound on the distance after n steps: (1 - 2 epsilon)^(floor(n / K) - 1), n >= K.
 
-    Below n = K the bound says nothing, so it is 1. Source: proposition 3.3.
+    Below n = K the bound says nothing, so it is 1. Source: section 3.2.
     """
     steps = np.asarray(steps)
     exponent = np.maximum(steps // context - 1, 0)
     return (1 - 2 * epsilon) ** exponent
+
+
+def steps_until_bound(epsilon: float, context: int, distance: float) -> float:
+    """The number of steps after which `convergence_bound` is at most `distance`; infinite at 0."""
+    if epsilon <= 0:
+        return float("inf")
+    shrink = np.log1p(-2 * epsilon) if epsilon < 0.5 else -np.inf
+    return float(context * (np.ceil(np.log(distance) / shrink) + 1))
 
 
 def doeblin_bound(matrix: sparse.csr_matrix, context: int, steps: np.ndarray) -> np.ndarray:
@@ -406,7 +414,7 @@ def in_context_risk(
     """Total-variation distance to the true next-symbol distribution, by position: (batch, n).
 
     predictions: (batch, n, d); transition: (d, d), or (batch, d, d) with a chain a prompt.
-    Source: equation 8, with the distance of section 4.2.
+    Source: the in-context risk of section 4, at one position.
     """
     transition = np.broadcast_to(transition, (len(prompts), *transition.shape[-2:]))
     truth = transition[np.arange(len(prompts))[:, None], prompts]

@@ -134,6 +134,14 @@ def test_distances_fall_below_the_papers_bound_and_below_doeblins():
     assert distance[0] > 0.5 > 1e-6 > distance[-1]
 
 
+@pytest.mark.parametrize("epsilon", [0.001, 0.03, 0.2, 0.5])
+def test_the_bound_first_holds_after_the_steps_that_are_said(epsilon):
+    needed = int(mc.steps_until_bound(epsilon, 3, 0.25))
+    bound = mc.convergence_bound(epsilon, 3, np.array([needed - 1, needed]))
+    assert bound[1] <= 0.25 < bound[0]
+    assert mc.steps_until_bound(0.0, 3, 0.25) == np.inf
+
+
 def test_epsilon_is_the_smallest_entry_of_the_kth_power():
     logits = random_logits(3, 3)
     matrix = mc.transition_matrix(logits, 3)
