@@ -27,6 +27,9 @@ def jupyter(tmp_path_factory):
     settings.mkdir(parents=True)
     # Only cells in view are drawn otherwise, and a test could not reach the rest.
     (settings / "tracker.jupyterlab-settings").write_text(SETTINGS)
+    apputils = root / "settings" / "@jupyterlab" / "apputils-extension"
+    apputils.mkdir(parents=True)
+    (apputils / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
