@@ -18,7 +18,9 @@ setup: $(VENV)/ready ## virtual environment, packages, corpora and pretrained mo
 $(VENV)/ready: pyproject.toml constraints.txt
 	@echo "installing packages into $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,test,browser,grading]'
+	@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt \
+		-e '.[lab,test,browser]' \
+		| awk '/^(Collecting|Building|Installing|Successfully)/ {print "  " $$1 " " $$2; fflush()}'
 	@touch $@
 
 lab: setup ## set everything up and open JupyterLab at the start page
