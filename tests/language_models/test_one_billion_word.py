@@ -1,5 +1,6 @@
 """The benchmark's recipe, the models' distributions, EM, and the lab's exercises."""
 
+import json
 import math
 import random
 
@@ -10,6 +11,7 @@ import torch
 from lablib.exercises import one_billion_word as exercises
 from lablib.language_models import one_billion_word as lm
 from lablib.language_models.ngram import KneserNey
+from lablib.papers import paper
 
 
 def corpus(seed: int, size: int) -> list[list[str]]:
@@ -150,6 +152,19 @@ def test_odd_input_says_what_is_wrong():
         lm.em_weights(np.full((2, 3), -np.inf))
     with pytest.raises(ValueError, match="must be"):
         lm.em_weights(np.zeros(3))
+
+
+def test_the_labs_own_arpa_reader_agrees(data, models, tmp_path):
+    """What the lab falls back on where kenlm is not installed."""
+    lab = json.loads(paper("one-billion-word").paths["lab"].read_text("utf-8"))
+    cells = ["".join(cell["source"]) for cell in lab["cells"]]
+    space = {}
+    exec(next(cell for cell in cells if "def read_arpa" in cell), space)
+    models[0].write_arpa(tmp_path / "kn.arpa")
+    table = space["read_arpa"](tmp_path / "kn.arpa")
+    for sentence in [*data.held_out[0][:50], ["never-seen", "w3"]]:
+        found = np.array(space["score_arpa"](table, sentence, order=3)) * math.log(10)
+        assert found == pytest.approx(models[0].word_logprobs([sentence]), abs=1e-5)
 
 
 def _counts_as_n(counts):
