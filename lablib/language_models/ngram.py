@@ -80,6 +80,7 @@ class KneserNey:
         Raises ValueError when there is no sentence, or for a word that no n-gram file can hold.
         """
         self._ids = {UNKNOWN: 0, START: 1, END: 2, "<UNK>": 0}
+        self._thresholds = [0] * self.order
         tokens = self._encode(sentences, grow=True)
         if not len(tokens.words):
             raise ValueError("no sentences to fit: give at least one list of words")
@@ -377,8 +378,8 @@ def _adjust(levels: list[_Counts]) -> None:
 def _tallied(counts: _Counts) -> np.ndarray:
     """The counts that lmplz counts: adjusted, but the last n-gram's are its occurrences.
 
-    That exception looks like an oversight. On a corpus it moves a discount by one part in
-    thousands; it is kept so that discounts equal lmplz's on a page of text, too.
+    That exception looks like an oversight. It moves counts of counts by one, which nobody sees
+    on a corpus; it is kept so that discounts equal lmplz's on a page of text, too.
     """
     tallied = counts.adjusted.copy()
     if counts.last >= 0:

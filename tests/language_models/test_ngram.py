@@ -166,6 +166,7 @@ def test_pruning_refers_to_the_fitted_counts():
     assert model.prune(2) is model
     assert [len(level.keys) < size for level, size in zip(model._levels, sizes)] == [0, 1, 1]
     assert model.prune(0).perplexity(TEST) == before
+    assert model.prune(2).fit(TRAIN).perplexity(TEST) == before
     with pytest.raises(ValueError, match="never decrease"):
         model.prune([0, 2, 1])
     with pytest.raises(ValueError, match="start at 0"):
