@@ -57,7 +57,7 @@ checkpoints: setup ## train tiny-1m and tiny-4m again (about an hour on two core
 	@$(BIN)/python -m lablib.training.checkpoints tiny-1m tiny-4m
 
 wheel: setup ## build the wheel, data included
-	@$(BIN)/python -m build --wheel --outdir build/dist
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/dist .
 
 clean: ## remove what was built; the cache of corpora and models stays
 	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis

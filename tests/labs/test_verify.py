@@ -1,5 +1,7 @@
 """`verify`, `coverage` and the wheel, on small stand-ins."""
 
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 
@@ -9,6 +11,7 @@ import pytest
 from lablib import benchmarks
 from lablib.lab import coverage, verify
 from lablib.papers import paper, papers
+from lablib.paths import project_dir
 
 
 def notebook(path, *sources):
@@ -92,20 +95,8 @@ def test_a_budget_line_tells_when_it_is_over():
 
 
 def test_the_wheel_carries_data_and_catalogue(tmp_path):
-    import subprocess
-    import sys
-
-    from lablib.paths import project_dir
-
-    command = [
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--outdir",
-        str(tmp_path),
-    ]
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    command += ["--wheel-dir", str(tmp_path), "."]
     ran = subprocess.run(command, cwd=project_dir(), capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
