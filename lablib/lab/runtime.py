@@ -87,8 +87,9 @@ def _header(lab: Lab) -> str:
     claims = "".join(f"<li>{html.escape(claim.text)}</li>" for claim in lab.paper.claims)
     head = f"<b>{html.escape(lab.paper.title)}</b> ({lab.paper.date[:4]}), lab {lab.paper.lab}"
     return _card(
-        f"<div>{head}</div><div style='margin-top:.4em'>Claims that this lab measures:</div>"
-        f"<ul style='margin:.2em 0'>{claims}</ul><div>{tier}; {_expected(lab)}</div>"
+        f"<div>{head}</div><details><summary>{len(lab.paper.claims)} claims are measured here"
+        f"</summary><ul style='margin:.2em 0'>{claims}</ul></details>"
+        f"<div>{tier}; {_expected(lab)}</div>"
     )
 
 

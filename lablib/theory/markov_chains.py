@@ -267,7 +267,7 @@ def steps_until_bound(epsilon: float, context: int, distance: float) -> float:
     if epsilon <= 0:
         return float("inf")
     shrink = np.log1p(-2 * epsilon) if epsilon < 0.5 else -np.inf
-    return float(context * (np.ceil(np.log(distance) / shrink) + 1))
+    return float(context * (max(np.ceil(np.log(distance) / shrink), 1) + 1))
 
 
 def doeblin_bound(matrix: sparse.csr_matrix, context: int, steps: np.ndarray) -> np.ndarray:
@@ -406,6 +406,15 @@ def frequency_predictions(prompts: np.ndarray, size: int, smoothing: float = 1.0
         row = counts[each, prompts[:, place]]
         out[:, place] = row / row.sum(1, keepdims=True)
     return out
+
+
+def symbol_share_predictions(prompts: np.ndarray, size: int, smoothing: float = 1.0) -> np.ndarray:
+    """The estimate that ignores transitions: how frequent each symbol was so far, plus smoothing.
+
+    prompts: (batch, n) int states below `size`. Returns (batch, n, size), rows sum to 1.
+    """
+    counts = np.cumsum(np.eye(size)[prompts], axis=1) + smoothing
+    return counts / counts.sum(-1, keepdims=True)
 
 
 def in_context_risk(

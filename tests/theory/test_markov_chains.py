@@ -176,6 +176,11 @@ def test_frequency_predictions_by_hand():
     assert np.allclose(found[0], [[1 / 2, 1 / 2], [1 / 2, 1 / 2], [1 / 3, 2 / 3], [1 / 2, 1 / 2]])
 
 
+def test_symbol_shares_by_hand():
+    found = mc.symbol_share_predictions(np.array([[0, 1, 0]]), 2)
+    assert np.allclose(found[0], [[2 / 3, 1 / 3], [1 / 2, 1 / 2], [3 / 5, 2 / 5]])
+
+
 def test_in_context_predictions_are_the_softmax_over_the_symbols():
     table = torch.randn(9, 9, generator=torch.Generator().manual_seed(0))
     prompts = np.array([[0, 1, 1], [1, 0, 0]])
