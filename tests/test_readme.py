@@ -1,6 +1,7 @@
 """What the README tells its reader to type must exist."""
 
 import re
+import subprocess
 import sys
 
 import pytest
@@ -57,3 +58,12 @@ def test_jupyter_is_on_loopback_with_its_token_on():
     assert not any("token" in word.lower() for word in line), (
         "the token is left as Jupyter makes it"
     )
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_the_examples_run(block, tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip()

@@ -1,8 +1,8 @@
 """Real text by name, tokenizers, batches, and worlds with a known truth."""
 
-from importlib import import_module
+from lablib.lazy import lazy
 
-_HOME = {
+_PLACES = {
     "CORPORA": "corpora",
     "Corpus": "corpora",
     "load": "corpora",
@@ -26,10 +26,5 @@ _HOME = {
     "MarkovSource": "worlds",
 }
 
-__all__ = list(_HOME)
-
-
-def __getattr__(name: str):
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = list(_PLACES)
+__getattr__ = lazy(__name__, _PLACES)

@@ -1,22 +1,14 @@
 """What a notebook talks to: tier, header, claims, figures, widgets."""
 
-from importlib import import_module
+from lablib.lazy import lazy
 
-_HOME = {
+_PLACES = {
     "Lab": "runtime",
     "explore": "widgets",
     "predict": "widgets",
     "source": "code",
     "check": "grading",
-    "figures": "figures",
 }
 
-__all__ = list(_HOME)
-
-
-def __getattr__(name: str):
-    if name == "figures":
-        return import_module(f"{__name__}.figures")
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = [*_PLACES, "figures"]
+__getattr__ = lazy(__name__, _PLACES)

@@ -3,7 +3,7 @@
 Names are loaded when they are first used, so importing this costs no torch.
 """
 
-from importlib import import_module
+from lablib.lazy import lazy
 
 _PLACES = {
     "GPT": "gpt",
@@ -18,13 +18,4 @@ _PLACES = {
     "pretrained_path": "weights",
 }
 __all__ = list(_PLACES)
-
-
-def __getattr__(name: str):
-    if name in _PLACES:
-        return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__():
-    return sorted([*globals(), *__all__])
+__getattr__ = lazy(__name__, _PLACES)

@@ -1,6 +1,6 @@
 """Training: `fit` (a thin layer over Lightning), schedules, checkpoints, sweeps."""
 
-from importlib import import_module
+from lablib.lazy import lazy
 
 _PLACES = {
     "fit": "trainer",
@@ -12,9 +12,4 @@ _PLACES = {
     "sweep": "sweeps",
 }
 __all__ = list(_PLACES)
-
-
-def __getattr__(name: str):
-    if name in _PLACES:
-        return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy(__name__, _PLACES)
