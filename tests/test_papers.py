@@ -1,7 +1,6 @@
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -88,11 +87,17 @@ def test_commands_print_what_they_should(capsys):
     assert "glam has no lab yet" in capsys.readouterr().err
 
 
+LIGHT = """
+import sys, time
+start = time.process_time()
+import lablib
+print(time.process_time() - start)
+import lablib.data, lablib.lab, lablib.models, lablib.training
+print("torch" in sys.modules)
+"""
+
+
 def test_importing_lablib_is_light():
-    code = (
-        "import sys, lablib, lablib.data, lablib.lab, lablib.models; print('torch' in sys.modules)"
-    )
-    start = time.perf_counter()
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "False"
-    assert time.perf_counter() - start < 1.0
+    ran = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
+    seconds, torch = ran.stdout.split()
+    assert float(seconds) < 0.3 and torch == "False"

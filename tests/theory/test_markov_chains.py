@@ -269,11 +269,11 @@ def test_the_papers_37_448_states_take_under_ten_seconds():
 
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=8, dim=32, n_layers=2, n_heads=2, max_length=8))
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone: other tests run beside it
     logits = mc.next_token_logits(model, 5, range(8))
     matrix = mc.transition_matrix(logits, 5)
     found = mc.classes(matrix)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert matrix.shape == (37_448, 37_448) and matrix.nnz == 8 * 37_448
     assert len(found.recurrent_states) == 8**5 and found.recurrent.sum() == 1
 
