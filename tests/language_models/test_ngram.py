@@ -245,6 +245,6 @@ def test_it_is_fast_enough_for_a_lab():
     rng = np.random.default_rng(0)
     words = [f"w{int(i)}" for i in rng.zipf(1.3, 75_000) % 20_000]
     sentences = [words[i : i + 20] for i in range(0, len(words), 20)]
-    start = time.perf_counter()
+    start = time.process_time()
     KneserNey(5).fit(sentences).perplexity(sentences[:750])
-    assert time.perf_counter() - start < 4
+    assert time.process_time() - start < 4
