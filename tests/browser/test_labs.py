@@ -73,12 +73,19 @@ def wait_idle(page, seconds):
 def run_all(page, seconds=240):
     """Run every cell from the menu, and wait until the last one has its number."""
     page.evaluate("() => document.activeElement?.blur()")
+    page.get_by_role("menuitem", name="Edit", exact=True).first.click()
+    page.locator("[data-command='editmenu:clear-all']").first.click()  # stored numbers, too
+    page.wait_for_function(
+        "() => ![...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]"
+        ".some(node => /\\d/.test(node.innerText))"
+    )
     page.get_by_role("menuitem", name="Run", exact=True).first.click()
     page.locator("[data-command='runmenu:run-all']").first.click()
     page.wait_for_function(
         """() => {
             const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')];
-            const texts = prompts.map(node => node.innerText.trim());
+            // A cell whose source is folded away has no prompt to read.
+            const texts = prompts.map(node => node.innerText.trim()).filter(text => text);
             const failed = '[data-mime-type="application/vnd.jupyter.error"]';
             const broken = document.querySelector(failed);
             return broken || (texts.length && texts.every(text => /\\[\\d+\\]/.test(text)));
