@@ -8,6 +8,7 @@ from IPython.display import display
 
 from lablib.exercises import Exercise
 
+COLORS = {"correct": "#009e73", "wrong": "#d55e00", "untried": "#767676"}
 # nbgrader sets these while it grades and validates; courses without it can set LABLIB_GRADE.
 GRADING = ("LABLIB_GRADE", "NBGRADER_EXECUTION", "NBGRADER_VALIDATING")
 
@@ -23,10 +24,11 @@ def check(exercise: Exercise, attempt: Callable) -> None:
     Untried (it raises NotImplementedError), it says so and the lab runs on. Under grading, a wrong
     or missing answer raises AssertionError.
     """
-    color, text = _outcome(exercise, attempt)
-    if color != "#009e73" and grading():
+    outcome, text = _outcome(exercise, attempt)
+    if outcome != "correct" and grading():
         raise AssertionError(text)
-    card = f"<div style='border-left:6px solid {color};padding:.3em 1em'>{html.escape(text)}</div>"
+    style = f"border-left:6px solid {COLORS[outcome]};padding:.3em 1em"
+    card = f"<div style='{style}'>{html.escape(text)}</div>"
     display({"text/html": card, "text/plain": text}, raw=True)
 
 
@@ -34,9 +36,9 @@ def _outcome(exercise: Exercise, attempt: Callable) -> tuple[str, str]:
     try:
         exercise.test(attempt)
     except NotImplementedError:
-        return "#767676", "Not tried yet. Replace the `raise` in the cell above, then run this one."
+        return "untried", "Not tried yet. Replace the `raise` in the cell above, then run this one."
     except AssertionError as error:
-        return "#d55e00", f"Not yet: {error}"
+        return "wrong", f"Not yet: {error}"
     except Exception as error:
-        return "#d55e00", f"Not yet: your code raised {type(error).__name__}: {error}"
-    return "#009e73", "Correct."
+        return "wrong", f"Not yet: your code raised {type(error).__name__}: {error}"
+    return "correct", "Correct."
