@@ -1,0 +1,21 @@
+"""Operations that plain PyTorch does slowly or with too much memory, forward and backward.
+
+One op, one folder: `naive.py` is the definition, `triton.py` the fast path on CUDA, and the
+folder's `__init__.py` the public function with its CPU path. All are registered with
+`torch.library`, so autograd, autocast and torch.compile see them.
+"""
+
+# Imported at once: a folder and its function share their name, and the function must win.
+from lablib.kernels.grouped_linear import grouped_linear
+from lablib.kernels.linear_cross_entropy import linear_cross_entropy
+from lablib.kernels.route import Routing, route
+from lablib.kernels.select_tokens import merge_tokens, select_tokens
+
+__all__ = [
+    "Routing",
+    "grouped_linear",
+    "linear_cross_entropy",
+    "merge_tokens",
+    "route",
+    "select_tokens",
+]
