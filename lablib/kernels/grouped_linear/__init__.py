@@ -28,32 +28,36 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return _product(x, weight, counts)
 
 
-def _bounds(rows: int, counts: Tensor) -> list[tuple[int, int, int]]:
-    """(group, first row, end row) of the groups that have rows."""
-    bounds, start = [], 0
+def bounds(rows: int, counts: Tensor) -> list[tuple[int, int, int]]:
+    """(group, first row, end row) of the groups that have rows.
+
+    Raises ValueError for a negative count, or counts that don't sum to rows.
+    """
+    found, start = [], 0
     for group, count in enumerate(counts.tolist()):
         if count < 0:
             raise ValueError(f"group {group} has {count} rows")
         if count:
-            bounds.append((group, start, start + count))
+            found.append((group, start, start + count))
         start += count
     if start != rows:
         raise ValueError(f"counts sum to {start}, but x has {rows} rows")
-    return bounds
+    return found
 
 
 @torch.library.custom_op("lablib::grouped_linear", mutates_args=(), device_types="cpu")
 def _product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[1])
-    for group, start, end in _bounds(len(x), counts):
+    for group, start, end in bounds(len(x), counts):
         torch.mm(x[start:end], weight[group].t(), out=out[start:end])
     return out
 
 
 @torch.library.custom_op("lablib::grouped_outer", mutates_args=(), device_types="cpu")
 def _outer(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
-    out = x.new_zeros(len(counts), grad.shape[1], x.shape[1])
-    for group, start, end in _bounds(len(x), counts):
+    out = x.new_empty(len(counts), grad.shape[1], x.shape[1])
+    out[counts == 0] = 0
+    for group, start, end in bounds(len(x), counts):
         torch.mm(grad[start:end].t(), x[start:end], out=out[group])
     return out
 
@@ -84,7 +88,7 @@ def _(grad, x, counts):
 
 def _keep(ctx, inputs, output):
     x, weight, counts = inputs
-    need_x, need_weight, _ = ctx.needs_input_grad
+    need_x, need_weight = ctx.needs_input_grad[:2]
     ctx.save_for_backward(x if need_weight else None, weight if need_x else None, counts)
 
 

@@ -101,7 +101,7 @@ def _keep_rows(ctx, inputs, output):
 
 def _gather(ctx, grad):
     index, weight, rows = ctx.saved_tensors
-    _, need_rows, _, need_weight = ctx.needs_input_grad
+    _, need_rows, _, need_weight = ctx.needs_input_grad[:4]
     taken = grad.index_select(0, index) if need_rows or need_weight else None
     by_weight = (taken * rows).sum(1) if need_weight else None
     by_row = taken * weight[:, None] if need_rows and weight is not None else taken

@@ -1,0 +1,1 @@
+"""Conditional computation: skipping, mixtures of experts, and what several papers share."""
