@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lablib.kernels import grouped_linear, grouped_mlp, merge_tokens, route
+from lablib.kernels import grouped_linear, merge_tokens, moe_mlp, route
 
 
 class Assignments(NamedTuple):
@@ -67,11 +67,22 @@ class Router(nn.Module):
             return F.linear(x, self.weight.float())
 
 
-class FeedForwardExperts(nn.Module):
+class Experts(nn.Module):
+    """What a `MoE` calls: a module from rows sorted by expert to as many rows.
+
+    forward(rows (n, dim), counts (n_experts,) int64) -> (n, dim).
+    """
+
+    def mix(self, x: Tensor, assigned: Assignments) -> Tensor:
+        """Each token's weighted sum of its experts: x (tokens, dim) -> (tokens, dim)."""
+        rows = self(x.index_select(0, assigned.token), assigned.counts)
+        return merge_tokens(rows.new_zeros(x.shape), rows, assigned.token, assigned.weight)
+
+
+class FeedForwardExperts(Experts):
     """n_experts layers down(activation(up(x))), their weights in two tensors.
 
     activation: "relu", or a function of (n, width).
-    Called with rows sorted by expert (n, dim) and their counts (n_experts,); gives (n, dim).
     """
 
     def __init__(
@@ -87,16 +98,21 @@ class FeedForwardExperts(nn.Module):
         self.down = nn.Parameter(torch.empty(n_experts, dim, width).normal_(0.0, 0.02))
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        if isinstance(self.activation, str):
-            return grouped_mlp(rows, self.up, self.down, counts, self.activation)
-        hidden = self.activation(grouped_linear(rows, self.up, counts))
+        activation = F.relu if self.activation == "relu" else self.activation
+        hidden = activation(grouped_linear(rows, self.up, counts))
         return grouped_linear(hidden, self.down, counts)
 
+    def mix(self, x: Tensor, assigned: Assignments) -> Tensor:
+        if self.activation != "relu":
+            return super().mix(x, assigned)
+        token, weight, counts = assigned
+        return moe_mlp(x, token, weight, self.up, self.down, counts, "relu")
 
-class SwiGLUExperts(nn.Module):
+
+class SwiGLUExperts(Experts):
     """n_experts layers down(silu(gate(x)) * up(x)); gate and up lie in one tensor, gate first.
 
-    Called as `FeedForwardExperts`. The layout is that of transformers' OLMoE and Mixtral.
+    The layout is that of transformers' OLMoE and Mixtral.
     """
 
     def __init__(self, n_experts: int, dim: int, width: int):
@@ -105,10 +121,15 @@ class SwiGLUExperts(nn.Module):
         self.down = nn.Parameter(torch.empty(n_experts, dim, width).normal_(0.0, 0.02))
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        return grouped_mlp(rows, self.gate_up, self.down, counts, "swiglu")
+        gate, up = grouped_linear(rows, self.gate_up, counts).chunk(2, -1)
+        return grouped_linear(F.silu(gate) * up, self.down, counts)
+
+    def mix(self, x: Tensor, assigned: Assignments) -> Tensor:
+        token, weight, counts = assigned
+        return moe_mlp(x, token, weight, self.gate_up, self.down, counts, "swiglu")
 
 
-class ExpertList(nn.Module):
+class ExpertList(Experts):
     """Any modules (n, dim) -> (n, dim) as experts; those without rows are not called."""
 
     def __init__(self, experts: Iterable[nn.Module]):
@@ -123,7 +144,7 @@ class ExpertList(nn.Module):
 class MoE(nn.Module):
     """Experts behind a router, in the place of one feed-forward layer.
 
-    experts: a module called with rows sorted by expert and their counts (the three above).
+    experts: one of the three above, or an `Experts` of your own.
     n_experts: how many of them the router chooses from.
     top_k, softmax: see `lablib.kernels.route`; the weights multiply the experts' outputs.
     capacity_factor: None drops nothing; else an expert takes at most `capacity` assignments, first
@@ -142,7 +163,7 @@ class MoE(nn.Module):
     def __init__(
         self,
         dim: int,
-        experts: nn.Module,
+        experts: Experts,
         n_experts: int,
         *,
         top_k: int = 1,
@@ -174,16 +195,10 @@ class MoE(nn.Module):
         logits = self.router(flat)
         chosen = self._by_expert if self.choice == "expert" else self._by_token
         assigned = chosen(logits, sequences)
-        rows = self.run_experts(flat.index_select(0, assigned.token), assigned.counts)
-        if self.shared is None:
-            base = rows.new_zeros(flat.shape)
-        else:
-            base = self.shared(flat).to(rows.dtype)
-        return merge_tokens(base, rows, assigned.token, assigned.weight).view(x.shape)
-
-    def run_experts(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """rows (n, dim) sorted by expert, counts (n_experts,) -> (n, dim)."""
-        return self.experts(rows, counts)
+        mixed = self.experts.mix(flat, assigned)
+        if self.shared is not None:
+            mixed = mixed + self.shared(flat)
+        return mixed.view(x.shape)
 
     def capacity(self, tokens: int) -> int:
         """Most assignments an expert takes of so many tokens; at least 1.

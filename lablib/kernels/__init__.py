@@ -7,17 +7,17 @@ folder's `__init__.py` the public function with its CPU path. All are registered
 
 # Imported at once: a folder and its function share their name, and the function must win.
 from lablib.kernels.grouped_linear import grouped_linear
-from lablib.kernels.grouped_mlp import grouped_mlp
 from lablib.kernels.linear_cross_entropy import linear_cross_entropy
+from lablib.kernels.moe_mlp import moe_mlp
 from lablib.kernels.route import Routing, route
 from lablib.kernels.select_tokens import merge_tokens, select_tokens
 
 __all__ = [
     "Routing",
     "grouped_linear",
-    "grouped_mlp",
     "linear_cross_entropy",
     "merge_tokens",
+    "moe_mlp",
     "route",
     "select_tokens",
 ]
