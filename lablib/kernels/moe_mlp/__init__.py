@@ -27,9 +27,9 @@ def moe_mlp(
     counts: Tensor,
     activation: str = "swiglu",
 ) -> Tensor:
-    """The sum, by token, of weight[r] * down[g] @ activation(up[g] @ x[token[r]]), g the group of r.
+    """Each token's sum over its rows r of weight[r] * down[g] @ activation(up[g] @ x[token[r]]).
 
-    x: (tokens, dim); token: (rows,) int64, sorted by group, repeats allowed; weight: (rows,);
+    x: (tokens, dim); token: (rows,) int64, sorted by r's group g, repeats allowed; weight: (rows,);
     up: (groups, hidden, dim); down: (groups, dim, width); counts: (groups,) int64, sum rows.
     hidden is width for "relu", and 2 width for "swiglu": silu(first half) * second half.
     Returns (tokens, dim), zero for tokens without rows; differentiable in x, weight, up and down,
@@ -39,6 +39,7 @@ def moe_mlp(
     _check(x, token, weight, up, down, activation)
     if x.is_cuda or torch.compiler.is_compiling():
         hidden = grouped_linear(x.index_select(0, token), up, counts)
+        hidden = F.relu(hidden) if activation == "relu" else hidden
         rows = grouped_linear(_activate(hidden, activation), down, counts)
         return merge_tokens(rows.new_zeros(x.shape), rows, token, weight)
     x, up, down = cast(x, up, down)
@@ -62,17 +63,17 @@ def _check(x, token, weight, up, down, activation) -> None:
 
 
 def _activate(hidden: Tensor, activation: str) -> Tensor:
-    """(rows, hidden) -> (rows, width)."""
+    """(rows, hidden) -> (rows, width). For "relu", hidden went through it in place already."""
     if activation == "relu":
-        return F.relu(hidden)
+        return hidden
     gate, linear = hidden.chunk(2, -1)
     return F.silu(gate) * linear
 
 
 def _through_activation(grad: Tensor, hidden: Tensor, activation: str) -> Tensor:
-    """d loss / d hidden from d loss / d activate(hidden)."""
+    """d loss / d hidden from d loss / d _activate(hidden), which is overwritten."""
     if activation == "relu":
-        return torch.ops.aten.threshold_backward(grad, hidden, 0)
+        return torch.ops.aten.threshold_backward.grad_input(grad, hidden, 0, grad_input=grad)
     gate, linear = hidden.chunk(2, -1)
     out = torch.empty_like(hidden)
     by_gate, by_linear = out.chunk(2, -1)
@@ -81,14 +82,25 @@ def _through_activation(grad: Tensor, hidden: Tensor, activation: str) -> Tensor
     return out
 
 
+def _zero_empty(groups: list[tuple[int, int, int]], *gradients: Tensor | None) -> None:
+    """Zero what groups without rows have; the rest is overwritten."""
+    with_rows = {group for group, _, _ in groups}
+    for gradient in gradients:
+        if gradient is not None:
+            for group in set(range(len(gradient))) - with_rows:
+                gradient[group].zero_()
+
+
 class _PerGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, token, weight, up, down, counts, activation):
-        ctx.groups, ctx.empty = bounds(len(token), counts), counts == 0
+        ctx.groups = bounds(len(token), counts)
         ctx.activation, ctx.hidden = activation, []
         out = torch.zeros_like(x)
         for group, start, end in ctx.groups:
             hidden = x.index_select(0, token[start:end]) @ up[group].t()
+            if activation == "relu":
+                hidden.relu_()
             if any(ctx.needs_input_grad):
                 ctx.hidden.append(hidden)
             rows = _activate(hidden, activation) @ down[group].t()
@@ -105,9 +117,7 @@ class _PerGroup(torch.autograd.Function):
         by_weight = torch.empty_like(weight) if needs_weight else None
         by_up = empty_like(up) if needs_up else None
         by_down = empty_like(down) if needs_down else None
-        for gradient in (by_up, by_down):
-            if gradient is not None:  # groups with rows are overwritten
-                gradient[ctx.empty] = 0
+        _zero_empty(ctx.groups, by_up, by_down)
         for (group, start, end), hidden in zip(ctx.groups, ctx.hidden):
             place, scale = token[start:end], weight[start:end, None]
             by_row = grad.index_select(0, place)
