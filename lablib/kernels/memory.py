@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LINE = 16  # floats in a cache line
+
 
 def empty_like(tensor: Tensor) -> Tensor:
     """An uninitialized contiguous tensor of tensor's shape, dtype and device.
@@ -13,4 +15,6 @@ def empty_like(tensor: Tensor) -> Tensor:
     """
     if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-    return torch.from_numpy(np.empty(tensor.shape, np.float32))
+    memory = np.empty(tensor.numel() + LINE, np.float32)
+    start = -memory.ctypes.data // memory.itemsize % LINE  # NumPy aligns to 16 bytes only
+    return torch.from_numpy(memory[start : start + tensor.numel()]).view(tensor.shape)

@@ -124,7 +124,8 @@ class _PerGroup(torch.autograd.Function):
             active = _activate(hidden, ctx.activation)
             by_active = by_row @ down[group]
             if needs_weight:  # <grad, down @ active> = <down^T grad, active>
-                torch.linalg.vecdot(by_active, active, out=by_weight[start:end])
+                dots = by_active[:, None] @ active[:, :, None]
+                by_weight[start:end] = dots.view(-1)
             if needs_down:
                 torch.mm(by_row.mul_(scale).t(), active, out=by_down[group])
             by_hidden = _through_activation(by_active.mul_(scale), hidden, ctx.activation)
