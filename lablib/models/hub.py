@@ -151,11 +151,8 @@ def from_hf(source: nn.Module | str | Path, dtype: torch.dtype | None = None) ->
     Raises ValueError for an architecture that GPT can't represent, FileNotFoundError for a
     folder without config.json or weights.
     """
-    if isinstance(source, nn.Module):
-        config, weights = source.config.to_dict(), source.state_dict()
-    else:
-        config, weights = _read_folder(Path(source))
-    model = _empty(config_from_hub(config))
+    config, weights = read_model(source)
+    model = empty_model(config_from_hub(config))
     state = {name: weights.get(hub_name(name)) for name in model.state_dict()}
     if model.config.tied and state["head.weight"] is None:
         state["head.weight"] = state["embedding.weight"]
@@ -167,7 +164,17 @@ def from_hf(source: nn.Module | str | Path, dtype: torch.dtype | None = None) ->
     return model.to(dtype) if dtype else model
 
 
-def _empty(config: GPTConfig) -> GPT:
+def read_model(source: nn.Module | str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """The configuration and the weights by name of a transformers model or a saved folder.
+
+    Raises FileNotFoundError for a folder without config.json or weights.
+    """
+    if isinstance(source, nn.Module):
+        return source.config.to_dict(), source.state_dict()
+    return _read_folder(Path(source))
+
+
+def empty_model(config: GPTConfig) -> GPT:
     """A GPT whose parameters are shapes only.
 
     Random numbers are skipped, too: drawing them on the meta device imports torch's compiler,
@@ -225,7 +232,7 @@ def to_hf(model: GPT, folder: str | Path, dtype: torch.dtype | None = None) -> N
 
 
 def _named_for_hub(model: GPT) -> dict[str, Tensor]:
-    plain = _empty(model.config).state_dict()
+    plain = empty_model(model.config).state_dict()
     state = model.state_dict()
     for name in state.keys() ^ plain.keys():
         raise ValueError(f"{name} differs from a plain GPT: a Llama-family file can't hold it")
