@@ -78,6 +78,10 @@ class Experts(nn.Module):
         rows = self(x.index_select(0, assigned.token), assigned.counts)
         return merge_tokens(rows.new_zeros(x.shape), rows, assigned.token, assigned.weight)
 
+    def mean_counts(self, counts: Tensor) -> Tensor:
+        """counts (n_experts,), averaged over the processes that share these experts."""
+        return counts
+
 
 class FeedForwardExperts(Experts):
     """n_experts layers down(activation(up(x))), their weights in two tensors.
@@ -236,7 +240,9 @@ class MoE(nn.Module):
             return
         total: Tensor | float = 0.0
         if self.balance and counts is not None:
-            total = total + self.balance * load_balancing_loss(probs, counts)
+            total = total + self.balance * load_balancing_loss(
+                probs, self.experts.mean_counts(counts)
+            )
         if self.z:
             total = total + self.z * router_z_loss(logits)
         if isinstance(total, Tensor):

@@ -51,7 +51,7 @@ def _config(dim: int, n_layers: int, ffn_dim: int) -> GPTConfig:
 
 RECIPES = {
     "tiny-1m": Recipe(_config(128, 3, 352), steps=2400, batch_size=8, lr=4e-3),
-    "tiny-4m": Recipe(_config(256, 4, 688), steps=1600, batch_size=8, lr=3e-3),
+    "tiny-4m": Recipe(_config(256, 4, 688), steps=4000, batch_size=8, lr=3e-3),
 }
 Texts = Mapping[str, list]
 

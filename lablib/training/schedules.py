@@ -2,7 +2,7 @@
 
 import math
 
-SCHEDULES = ("cosine", "wsd", "constant")
+SCHEDULES = ("cosine", "wsd", "constant", "inverse-sqrt")
 
 
 def learning_rate_factor(
@@ -17,7 +17,9 @@ def learning_rate_factor(
 
     It rises linearly over `warmup` steps; then "cosine" falls to `floor` at the end (Loshchilov and
     Hutter, 2017), "wsd" stays and falls linearly over the last `decay` share of the steps
-    (warmup-stable-decay; Hu et al., 2024), "constant" stays.
+    (warmup-stable-decay; Hu et al., 2024), "constant" stays, and "inverse-sqrt" falls with one over
+    the root of the step (T5; Raffel et al., 2020, section 3.1.2). The last two do not depend on
+    `steps`, so any step could have been the end.
     Raises ValueError for another schedule.
     """
     if schedule not in SCHEDULES:
@@ -26,6 +28,8 @@ def learning_rate_factor(
         return (step + 1) / warmup
     if schedule == "constant":
         return 1.0
+    if schedule == "inverse-sqrt":
+        return math.sqrt(max(1, warmup) / (step + 1))
     if schedule == "cosine":
         done = (step - warmup) / max(1, steps - warmup)
         return floor + (1 - floor) * (1 + math.cos(math.pi * min(done, 1.0))) / 2

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lablib.training import state
+from lablib.training.clipping import clip_gradients
 from lablib.training.losses import Loss, auxiliary_loss, evaluate, n_tokens, next_token_loss
 from lablib.training.schedules import learning_rate_factor
 
@@ -226,6 +227,8 @@ def _module(model, loss, history, *, optimizer, factor, check_every, compile):
             self.saved_optimizer: dict | None = None
             self.pending: list[torch.Tensor] = []
             self.__dict__["called"] = torch.compile(model) if compile else model
+            sharded = [n for n, p in self.named_parameters() if hasattr(p, "process_group")]
+            self._ddp_params_and_buffers_to_ignore = sharded  # DistributedDataParallel reads this
 
         def training_step(self, batch, batch_index):
             value = loss(self.called, batch)
@@ -254,9 +257,15 @@ def _module(model, loss, history, *, optimizer, factor, check_every, compile):
                 f"learning rate {rate:.3g}); try a lower learning rate or a longer warmup"
             )
 
+        def configure_gradient_clipping(self, _, gradient_clip_val=None, **algorithm):
+            if gradient_clip_val:
+                clip_gradients(self.model.parameters(), gradient_clip_val)
+
         def configure_optimizers(self):
             groups = _groups(self.model, optimizer["weight_decay"])
-            made = torch.optim.AdamW(groups, optimizer["lr"], optimizer["betas"], fused=True)
+            # In float16 the gradients are scaled, and a fused step would unscale after clipping.
+            fused = self.trainer.precision != "16-mixed"
+            made = torch.optim.AdamW(groups, optimizer["lr"], optimizer["betas"], fused=fused)
             if self.saved_optimizer:
                 made.load_state_dict(self.saved_optimizer)
                 for group in made.param_groups:

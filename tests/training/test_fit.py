@@ -61,6 +61,13 @@ def test_fit_is_the_loop_that_it_says(accumulate):
     assert history.tokens == 6 * accumulate * 4 * 8
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_trains_with_clipping(precision):
+    net = model()
+    losses = train(net, steps=40, lr=1e-2, precision=precision, clip=0.5).losses
+    assert losses[-1] < losses[0] - 0.5
+
+
 def test_it_learns():
     assert train(steps=60, lr=0.02).losses[-1] < 0.6 * train().losses[0]
 

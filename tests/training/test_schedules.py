@@ -29,3 +29,11 @@ def test_wsd_stays_then_falls_linearly():
 
 def test_constant_stays():
     assert factors("constant")[10:] == [1.0] * 90
+
+
+def test_inverse_square_root_halves_when_steps_grow_fourfold():
+    factors = curve("inverse-sqrt")
+    assert factors[9] == 1 and max(factors) == 1
+    assert factors[79] == pytest.approx(factors[19] / 2)
+    longer = [learning_rate_factor(step, 1000, "inverse-sqrt", 10) for step in range(100)]
+    assert longer == factors

@@ -1,0 +1,71 @@
+"""Run by torchrun in test_parallel.py: train a small MoE, write this process's losses and weights.
+
+Process r of n trains on rows r, r + n, ... of every batch.
+"""
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+
+from lablib.experts.moe import MoE, SwiGLUExperts
+from lablib.experts.parallel import parallelize
+from lablib.models import GPT, GPTConfig
+from lablib.training import fit
+from lablib.training.clipping import clip_gradients
+from lablib.training.losses import auxiliary_loss, next_token_loss
+
+
+def build() -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=23, dim=16, n_layers=2, n_heads=2, max_length=16))
+    for block in model.blocks:
+        block.mlp = MoE(16, SwiGLUExperts(4, 16, 12), 4, top_k=2, balance=0.1, z=0.01)
+    return model
+
+
+def gradients(model: GPT, tokens: torch.Tensor) -> tuple[dict, float]:
+    """Of the first batch, others than experts' averaged over processes, and their norm."""
+    (next_token_loss(model, tokens) + auxiliary_loss(model)).backward()
+    for parameter in model.parameters():
+        if not hasattr(parameter, "process_group"):
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+    norm = clip_gradients(model.parameters(), 0.5).item()
+    found = named((key, p.grad) for key, p in model.named_parameters())
+    model.zero_grad()
+    return found, norm
+
+
+def named(tensors) -> dict:
+    return {key.replace(".local", ""): t.tolist() for key, t in tensors if "mlp" in key}
+
+
+def main(folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    model = build()
+    start = torch.randint(23, (20, 8, 1), generator=torch.Generator().manual_seed(1))
+    batches = (start + torch.arange(13)) % 23
+    options = {}
+    if processes > 1:
+        parallelize(model)
+        options = {"devices": processes, "strategy": DDPStrategy(process_group_backend="gloo")}
+    batches = list(batches[:, rank::processes])
+    grads, norm = gradients(model, batches[0])
+    history = fit(
+        model, batches, steps=20, lr=0.01, warmup=1, clip=0.5,
+        progress=False, **options,
+    )  # fmt: skip
+    weights = named(model.state_dict().items())
+    found = {"losses": history.losses, "weights": weights, "grads": grads, "norm": norm}
+    with open(f"{folder}/{processes}-{rank}.json", "w") as file:
+        json.dump(found, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
