@@ -32,8 +32,8 @@ def test_constant_stays():
 
 
 def test_inverse_square_root_halves_when_steps_grow_fourfold():
-    factors = curve("inverse-sqrt")
-    assert factors[9] == 1 and max(factors) == 1
-    assert factors[79] == pytest.approx(factors[19] / 2)
+    found = factors("inverse-sqrt")
+    assert found[9] == 1 and max(found) == 1
+    assert found[79] == pytest.approx(found[19] / 2)
     longer = [learning_rate_factor(step, 1000, "inverse-sqrt", 10) for step in range(100)]
-    assert longer == factors
+    assert longer == found
