@@ -1,17 +1,12 @@
 """`python -m lablib bench`: each benchmark prints its own table."""
 
-import importlib.util
-
 from lablib.papers import papers
 from lablib.paths import project_dir
 
 
 def kernels(tier: str | None = None) -> None:
     """Time every op of lablib.kernels against naive, torch.compile and the best peer."""
-    if importlib.util.find_spec("lablib.kernels") is None:
-        print("lablib.kernels holds no op yet, so there is nothing to time")
-        return
-    from lablib.kernels.bench import bench_kernels
+    from lablib.kernel_benchmarks import bench_kernels
 
     bench_kernels()
 

@@ -25,16 +25,13 @@ IGNORED = ("lablib.lab", "lablib.exercises", "lablib.papers", "lablib.paths", "l
 KEPT = ("lablib.lab.claims", "lablib.lab.intervals")
 _PROBE = """
 import json, sys
-try:
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
-except ImportError:
-    peak = None
 device = None
 if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
     device = sys.modules["torch"].cuda.get_device_name()
 names = sorted(name for name in sys.modules if name.split(".")[0] == "lablib")
+from lablib.resources import peak_memory  # after the names, which it is none of
+peak = peak_memory()
+peak = peak and peak / 1e9
 print("LABLIB" + json.dumps({"peak_gb": peak, "device": device, "modules": names}))
 """
 

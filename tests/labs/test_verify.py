@@ -8,7 +8,6 @@ from dataclasses import replace
 import nbformat
 import pytest
 
-from lablib import benchmarks
 from lablib.lab import coverage, verify
 from lablib.papers import paper, papers
 from lablib.paths import project_dir
@@ -81,11 +80,6 @@ def test_coverage_renders_and_finds_a_stale_readme(tmp_path):
 def test_papers_without_a_lab_say_so():
     assert coverage.status(paper("glam")) == "planned"
     assert "reproduced" in coverage.status(paper("markov-chains"))
-
-
-def test_benchmarks_say_when_there_is_nothing_to_time(capsys):
-    benchmarks.kernels()
-    assert "no op yet" in capsys.readouterr().out
 
 
 def test_a_budget_line_tells_when_it_is_over():

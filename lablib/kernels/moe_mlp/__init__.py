@@ -95,16 +95,17 @@ class _PerGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, token, weight, up, down, counts, activation):
         ctx.groups = bounds(len(token), counts)
-        ctx.activation, ctx.hidden = activation, []
+        ctx.activation, ctx.hidden, ctx.rows = activation, [], []
         out = torch.zeros_like(x)
         for group, start, end in ctx.groups:
             hidden = x.index_select(0, token[start:end]) @ up[group].t()
             if activation == "relu":
                 hidden.relu_()
+            rows = _activate(hidden, activation) @ down[group].t()
+            out.index_add_(0, token[start:end], rows * weight[start:end, None])
             if any(ctx.needs_input_grad):
                 ctx.hidden.append(hidden)
-            rows = _activate(hidden, activation) @ down[group].t()
-            out.index_add_(0, token[start:end], rows.mul_(weight[start:end, None]))
+                ctx.rows.append(rows)
         ctx.save_for_backward(x, token, weight, up, down)
         return out
 
@@ -118,17 +119,16 @@ class _PerGroup(torch.autograd.Function):
         by_up = empty_like(up) if needs_up else None
         by_down = empty_like(down) if needs_down else None
         _zero_empty(ctx.groups, by_up, by_down)
-        for (group, start, end), hidden in zip(ctx.groups, ctx.hidden):
-            place, scale = token[start:end], weight[start:end, None]
+        for (group, start, end), hidden, rows in zip(ctx.groups, ctx.hidden, ctx.rows):
+            place = token[start:end]
             by_row = grad.index_select(0, place)
-            active = _activate(hidden, ctx.activation)
-            by_active = by_row @ down[group]
-            if needs_weight:  # <grad, down @ active> = <down^T grad, active>
-                dots = by_active[:, None] @ active[:, :, None]
-                by_weight[start:end] = dots.view(-1)
+            if needs_weight:
+                torch.sum(rows * by_row, 1, out=by_weight[start:end])
+            by_row.mul_(weight[start:end, None])
             if needs_down:
-                torch.mm(by_row.mul_(scale).t(), active, out=by_down[group])
-            by_hidden = _through_activation(by_active.mul_(scale), hidden, ctx.activation)
+                active = _activate(hidden, ctx.activation)
+                torch.mm(by_row.t(), active, out=by_down[group])
+            by_hidden = _through_activation(by_row @ down[group], hidden, ctx.activation)
             if needs_up:
                 torch.mm(by_hidden.t(), x.index_select(0, place), out=by_up[group])
             if needs_x:

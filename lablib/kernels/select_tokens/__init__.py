@@ -69,7 +69,7 @@ def _keep_index(ctx, inputs, output):
 
 def _scatter(ctx, grad, _):
     (index,) = ctx.saved_tensors
-    return grad.new_zeros(ctx.tokens, grad.shape[1]).index_copy(0, index, grad), None
+    return grad.new_zeros(ctx.tokens, grad.shape[1]).index_add_(0, index, grad), None
 
 
 _select.register_autograd(_scatter, setup_context=_keep_index)
