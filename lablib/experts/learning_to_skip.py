@@ -341,20 +341,25 @@ def set_threshold(model: GPT, threshold: float) -> None:
 
 
 @torch.no_grad()
-def calibrate(model: GPT, tokens: Tensor, target: float) -> float:
+def calibrate(model: GPT, tokens: Tensor, target: float, tolerance: float = 2e-3) -> float:
     """Find, by bisection, the threshold at which tokens run `target` of the layers; set it.
 
-    tokens: (batch, length) text to measure on. The paper takes threshold 0 and whatever density
+    tokens: (batch, length) text to measure on. tolerance: how far off the density may be. The
+    paper takes threshold 0 and whatever density
     that gives; this makes densities equal, so that losses can be compared.
     """
     training, low, high = model.training, -40.0, 40.0
     model.eval()
     for _ in range(30):
-        set_threshold(model, (low + high) / 2)
+        threshold = (low + high) / 2
+        set_threshold(model, threshold)
         model.hidden_states(tokens)
-        low, high = (low, (low + high) / 2) if density(model) < target else ((low + high) / 2, high)
+        off = density(model) - target
+        if abs(off) < tolerance:
+            break
+        low, high = (threshold, high) if off > 0 else (low, threshold)
     model.train(training)
-    return (low + high) / 2
+    return threshold
 
 
 def flops_per_token(
