@@ -58,26 +58,30 @@ class _Logits(nn.Module):
         return self.model(tokens, use_cache=False).logits
 
 
-def bench_training(repeats: int = 5, steps: int = 60) -> dict[str, dict[str, float]]:
+STEPS = {"0.1M": 300, "1M": 50}
+
+
+def bench_training(repeats: int = 5, steps: int | None = None) -> dict[str, dict[str, float]]:
     """Time `fit`, a bare loop and transformers' Llama in the same bare loop, in turn, and print it.
 
+    steps: of each run, the Trainer's start included; STEPS by size without it.
     Returns the median seconds a step of each size and way. What is compared runs interleaved, so
     that a busy machine slows all alike.
     """
     found = {}
     for name, config in SIZES.items():
         data = Batches(torch.randint(config.vocab_size, (40_000,)), 16, config.max_length)
-        ways: dict[str, Callable[[], float]] = {
-            "bare loop": lambda c=config, d=data: bare_loop(GPT(c), d, steps),
-            "fit": lambda c=config, d=data: fit(GPT(c), d, steps=steps, progress=False).seconds,
-            "transformers, bare loop": lambda c=config, d=data: bare_loop(_Logits(c), d, steps),
+        ways: dict[str, Callable[[int], float]] = {
+            "bare loop": lambda n, c=config, d=data: bare_loop(GPT(c), d, n),
+            "fit": lambda n, c=config, d=data: fit(GPT(c), d, steps=n, progress=False).seconds,
+            "transformers, bare loop": lambda n, c=config, d=data: bare_loop(_Logits(c), d, n),
         }
         for way in ways.values():
-            way()
+            way(3)
         times = {key: [] for key in ways}
         for _ in range(repeats):
             for key, way in ways.items():
-                times[key].append(way() / steps)
+                times[key].append(way(steps or STEPS[name]) / (steps or STEPS[name]))
         medians = {key: statistics.median(values) for key, values in times.items()}
         found[name] = medians
         base = medians["bare loop"]
