@@ -53,7 +53,7 @@ doctor: setup ## what this machine can run
 bench: setup ## time kernels, training and labs
 	@$(BIN)/python -m lablib bench
 
-checkpoints: setup ## train tiny-1m and tiny-4m again (about an hour on two cores)
+checkpoints: setup ## train tiny-1m and tiny-4m again (one to two hours on two cores)
 	@$(BIN)/python -m lablib.training.checkpoints tiny-1m tiny-4m
 
 wheel: setup ## build the wheel, data included
