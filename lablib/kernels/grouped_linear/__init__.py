@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lablib.kernels.autocast import cast, same_dtype
+from lablib.kernels.memory import empty
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -45,9 +46,17 @@ def bounds(rows: int, counts: Tensor) -> list[tuple[int, int, int]]:
     return found
 
 
+def zero_empty(matrices: Tensor, groups: list[tuple[int, int, int]]) -> None:
+    """Zero the matrices (n_groups, ...) of groups without rows; the others will be overwritten."""
+    with_rows = {group for group, _, _ in groups}
+    for group in range(len(matrices)):
+        if group not in with_rows:
+            matrices[group].zero_()
+
+
 @torch.library.custom_op("lablib::grouped_linear", mutates_args=(), device_types="cpu")
 def _product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    out = x.new_empty(x.shape[0], weight.shape[1])
+    out = empty(x, len(x), weight.shape[1])
     for group, start, end in bounds(len(x), counts):
         torch.mm(x[start:end], weight[group].t(), out=out[start:end])
     return out
@@ -55,9 +64,10 @@ def _product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 @torch.library.custom_op("lablib::grouped_outer", mutates_args=(), device_types="cpu")
 def _outer(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
-    out = x.new_empty(len(counts), grad.shape[1], x.shape[1])
-    out[counts == 0] = 0
-    for group, start, end in bounds(len(x), counts):
+    out = empty(x, len(counts), grad.shape[1], x.shape[1])
+    groups = bounds(len(x), counts)
+    zero_empty(out, groups)
+    for group, start, end in groups:
         torch.mm(grad[start:end].t(), x[start:end], out=out[group])
     return out
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lablib.kernels.autocast import cast, same_dtype
-from lablib.kernels.grouped_linear import bounds, grouped_linear
-from lablib.kernels.memory import empty_like
+from lablib.kernels.grouped_linear import bounds, grouped_linear, zero_empty
+from lablib.kernels.memory import empty
 from lablib.kernels.select_tokens import merge_tokens
 
 ACTIVATIONS = ("relu", "swiglu")
@@ -82,15 +82,6 @@ def _through_activation(grad: Tensor, hidden: Tensor, activation: str) -> Tensor
     return out
 
 
-def _zero_empty(groups: list[tuple[int, int, int]], *gradients: Tensor | None) -> None:
-    """Zero what groups without rows have; the rest is overwritten."""
-    with_rows = {group for group, _, _ in groups}
-    for gradient in gradients:
-        if gradient is not None:
-            for group in set(range(len(gradient))) - with_rows:
-                gradient[group].zero_()
-
-
 class _PerGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, token, weight, up, down, counts, activation):
@@ -116,9 +107,11 @@ class _PerGroup(torch.autograd.Function):
         needs_x, _, needs_weight, needs_up, needs_down, *_ = ctx.needs_input_grad
         by_x = torch.zeros_like(x) if needs_x else None
         by_weight = torch.empty_like(weight) if needs_weight else None
-        by_up = empty_like(up) if needs_up else None
-        by_down = empty_like(down) if needs_down else None
-        _zero_empty(ctx.groups, by_up, by_down)
+        by_up = empty(up, *up.shape) if needs_up else None
+        by_down = empty(down, *down.shape) if needs_down else None
+        for gradient in (by_up, by_down):
+            if gradient is not None:
+                zero_empty(gradient, ctx.groups)
         for (group, start, end), hidden, rows in zip(ctx.groups, ctx.hidden, ctx.rows):
             place = token[start:end]
             by_row = grad.index_select(0, place)
