@@ -3,9 +3,13 @@
 import os
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not torch.cuda.is_available():
+    # Before anything imports triton: its own library is compiled or interpreted as a whole.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

@@ -1,12 +1,7 @@
 """Triton's kernels run in its interpreter here, on CPU; on a GPU they are compiled."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
 
 GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
