@@ -1,6 +1,7 @@
 """`python -m lablib bench kernels`: each op against its definition, plain and compiled, and peers.
 
-What is compared runs interleaved and the median counts, so that a busy machine slows all alike.
+What is compared takes turns, so that a busy machine slows all alike; a ratio is the median over
+rounds of the ratio within a round.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def _step(function: Callable, *leaves: Tensor) -> Way:
     return run
 
 
-def measure(ways: dict[str, Way], repeats: int = 7) -> dict[str, float | str]:
-    """Median seconds of each way, interleaved; a way that fails gives its error's name."""
+def measure(ways: dict[str, Way], repeats: int = 7) -> dict[str, list[float] | str]:
+    """Seconds of each way in each round; a way that fails gives its error's name."""
     times: dict[str, list[float] | str] = {}
     for key, way in ways.items():
         try:
@@ -74,7 +75,7 @@ def measure(ways: dict[str, Way], repeats: int = 7) -> dict[str, float | str]:
                 way()
                 _wait()
                 times[key].append(time.perf_counter() - start)
-    return {key: t if isinstance(t, str) else statistics.median(t) for key, t in times.items()}
+    return times
 
 
 def _wait() -> None:
@@ -86,27 +87,31 @@ def _show(case: Case, limits: dict[str, float], repeats: int) -> dict[str, float
     found = measure(case.ways, repeats)
     print(f"\n{case.title}")
     base = next(iter(found.values()))
-    for key, seconds in found.items():
-        if isinstance(seconds, str):
-            print(f"  {key:36} {seconds}")
+    medians: dict[str, float | str] = {}
+    for key, times in found.items():
+        if isinstance(times, str):
+            medians[key] = times
+            print(f"  {key:36} {times}")
             continue
-        parts = [f"  {key:36} {1e3 * seconds:9.2f} ms  {seconds / base:5.2f} x ours"]
+        seconds = medians[key] = statistics.median(times)
+        ratio = statistics.median(time / ours for time, ours in zip(times, base))
+        parts = [f"  {key:36} {1e3 * seconds:9.2f} ms  {ratio:5.2f} x ours"]
         if case.flops:
             parts.append(f"{case.flops / seconds / limits['flops']:5.0%} of peak FLOP/s")
         if case.moved:
             parts.append(f"{case.moved / seconds / limits['bandwidth']:5.0%} of bandwidth")
         print("  ".join(parts), flush=True)
-    return found
+    return medians
 
 
 def machine_limits(device: str, dtype: torch.dtype) -> dict[str, float]:
     """FLOP/s of one large matrix product and bytes a second of one large copy, both measured."""
     size = 1536 if device == "cpu" else 8192
     a = torch.randn(size, size, device=device, dtype=dtype)
-    product = measure({"": lambda: a @ a})[""]
+    product = statistics.median(measure({"": lambda: a @ a})[""])
     b = torch.randn(2**24 if device == "cpu" else 2**28, device=device)
     target = torch.empty_like(b)
-    copy = measure({"": lambda: target.copy_(b)})[""]
+    copy = statistics.median(measure({"": lambda: target.copy_(b)})[""])
     return {"flops": 2 * size**3 / product, "bandwidth": 2 * b.nbytes / copy}
 
 
@@ -331,7 +336,7 @@ def loss_memory(device: str, dtype: torch.dtype) -> dict[str, int]:
     return found
 
 
-def bench_kernels(repeats: int = 7) -> dict[str, dict[str, float | str]]:
+def bench_kernels(repeats: int = 21) -> dict[str, dict[str, float | str]]:
     """Time every op on this machine's device and print ratios; returns title -> way -> seconds."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

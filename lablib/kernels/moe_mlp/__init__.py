@@ -85,35 +85,36 @@ def _through_activation(grad: Tensor, hidden: Tensor, activation: str) -> Tensor
 class _PerGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, token, weight, up, down, counts, activation):
-        ctx.groups = bounds(len(token), counts)
-        ctx.activation, ctx.hidden, ctx.rows = activation, [], []
-        out = torch.zeros_like(x)
+        ctx.groups, ctx.activation = bounds(len(token), counts), activation
+        keep = any(ctx.needs_input_grad)
+        hidden = empty(x, len(token), up.shape[1]) if keep else None
+        rows = empty(x, len(token), x.shape[1]) if keep else None
+        out = empty(x, *x.shape).zero_()
         for group, start, end in ctx.groups:
-            hidden = x.index_select(0, token[start:end]) @ up[group].t()
+            part = slice(start, end)
+            into, onto = (hidden[part], rows[part]) if keep else (None, None)
+            inner = torch.mm(x.index_select(0, token[part]), up[group].t(), out=into)
             if activation == "relu":
-                hidden.relu_()
-            rows = _activate(hidden, activation) @ down[group].t()
-            out.index_add_(0, token[start:end], rows * weight[start:end, None])
-            if any(ctx.needs_input_grad):
-                ctx.hidden.append(hidden)
-                ctx.rows.append(rows)
-        ctx.save_for_backward(x, token, weight, up, down)
+                inner.relu_()
+            row = torch.mm(_activate(inner, activation), down[group].t(), out=onto)
+            out.index_add_(0, token[part], row * weight[part, None])
+        ctx.save_for_backward(x, token, weight, up, down, hidden, rows)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, token, weight, up, down = ctx.saved_tensors
+        x, token, weight, up, down, all_hidden, all_rows = ctx.saved_tensors
         needs_x, _, needs_weight, needs_up, needs_down, *_ = ctx.needs_input_grad
-        by_x = torch.zeros_like(x) if needs_x else None
+        by_x = empty(x, *x.shape).zero_() if needs_x else None
         by_weight = torch.empty_like(weight) if needs_weight else None
         by_up = empty(up, *up.shape) if needs_up else None
         by_down = empty(down, *down.shape) if needs_down else None
         for gradient in (by_up, by_down):
             if gradient is not None:
                 zero_empty(gradient, ctx.groups)
-        for (group, start, end), hidden, rows in zip(ctx.groups, ctx.hidden, ctx.rows):
-            place = token[start:end]
+        for group, start, end in ctx.groups:
+            place, hidden, rows = token[start:end], all_hidden[start:end], all_rows[start:end]
             by_row = grad.index_select(0, place)
             if needs_weight:
                 torch.sum(rows * by_row, 1, out=by_weight[start:end])
