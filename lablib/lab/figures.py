@@ -1,5 +1,6 @@
 """Figures in one template: colors that color-blind readers tell apart, in light and dark themes."""
 
+import html
 import json
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from IPython.display import Markdown, display
 
 from lablib.lab.intervals import interval
 
-__all__ = ["PALETTE", "bars", "bundle", "figure", "interval", "line", "show"]
+__all__ = ["PALETTE", "bars", "bundle", "figure", "interval", "key", "line", "painted", "show"]
 
 # Okabe and Ito (2008), without black and yellow, which vanish in a dark or a light theme.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#767676")
@@ -94,3 +95,23 @@ def show(fig: go.Figure, alt: str = "") -> None:
         display(bundle(fig, alt), raw=True)
     if alt:
         display(Markdown(f"*{alt}*"))
+
+
+def painted(pieces: Sequence[str], colors: Sequence[str], titles: Sequence[str] = ()) -> str:
+    """HTML of a text whose pieces have their own background; titles show under the pointer.
+
+    colors: as CSS writes them, one a piece; an opaque one takes black letters, one with an alpha
+    below 1 the theme's.
+    """
+    spans = []
+    for piece, color, title in zip(pieces, colors, titles or [""] * len(pieces), strict=True):
+        style = f"background:{color}" + ("" if color.startswith("rgba") else ";color:black")
+        told = f' title="{html.escape(title)}"' if title else ""
+        spans.append(f'<span style="{html.escape(style)}"{told}>{html.escape(piece)}</span>')
+    look = "font:16px monospace;line-height:1.7;white-space:pre-wrap;margin-top:.5em"
+    return f'<div style="{look}">{"".join(spans)}</div>'
+
+
+def key(labels: Sequence[str], colors: Sequence[str]) -> str:
+    """HTML of what the colors of `painted` mean, on one line."""
+    return painted([f" {label} " for label in labels], colors)
