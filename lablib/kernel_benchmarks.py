@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lablib.experts.moe import FeedForwardExperts, MoE, SwiGLUExperts
+from lablib.experts.hub import from_hf_switch
+from lablib.experts.moe import MoE, SwiGLUExperts
 from lablib.kernels import grouped_linear, linear_cross_entropy, merge_tokens, route, select_tokens
 from lablib.models import GPTConfig, SwiGLU
 from lablib.resources import peak_memory
@@ -258,11 +259,7 @@ def _switch(device, dtype):
         d_model=512, d_ff=2048, num_experts=8, expert_capacity=4096, dropout_rate=0.0
     )
     theirs = _random(switch.SwitchTransformersSparseMLP(config)).eval().to(device, dtype)
-    ours = MoE(512, FeedForwardExperts(8, 512, 2048), 8).to(device, dtype)
-    ours.router.weight.data.copy_(theirs.router.classifier.weight)
-    for i in range(8):
-        ours.experts.up.data[i] = theirs.experts[f"expert_{i}"].wi.weight
-        ours.experts.down.data[i] = theirs.experts[f"expert_{i}"].wo.weight
+    ours = from_hf_switch(theirs)
     title = "MoE, 4,096 tokens, 8 experts, top 1, d 512, width 2,048"
     return title, theirs, ours, 4096 * 2 * 6 * 512 * 2048
 

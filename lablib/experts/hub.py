@@ -1,7 +1,8 @@
 """Mixture-of-experts models of Hugging Face transformers as `GPT`: OLMoE and Mixtral.
 
 `GPT` gets no option for it: a plain one is built and its feed-forward layers are replaced by
-`MoE`, OLMoE's norms of queries and keys by ones over all heads.
+`MoE`, OLMoE's norms of queries and keys by ones over all heads. Of Switch, an encoder-decoder,
+there is the layer alone.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lablib.experts.moe import MoE, SwiGLUExperts
+from lablib.experts.moe import FeedForwardExperts, MoE, SwiGLUExperts
 from lablib.models import GPT
-from lablib.models.hub import config_from_hub, empty_model, hub_name, read_model
+from lablib.models.hub import config_from_hub, empty_model, hub_name, load_weights, read_model
 
 FAMILIES = ("olmoe", "mixtral")
 
@@ -44,15 +45,30 @@ def from_hf_moe(source: nn.Module | str | Path) -> GPT:
             f"model_type {config.get('model_type')!r} is none of {', '.join(FAMILIES)}"
         )
     model = _skeleton(config)
-    state = {name: _find(weights, name) for name in model.state_dict()}
-    if model.config.tied and state["head.weight"] is None:
-        state["head.weight"] = state["embedding.weight"]
-    if missing := [name for name, value in state.items() if value is None]:
-        raise ValueError(f"the weights have nothing for {missing[0]} ({len(missing)} missing)")
-    model.load_state_dict(state, assign=True)
-    if model.config.tied:
-        model.head.weight = model.embedding.weight
+    load_weights(model, lambda name: _find(weights, name))
     return model
+
+
+def from_hf_switch(block: nn.Module, capacity_factor: float | None = None) -> MoE:
+    """The layer of transformers' `SwitchTransformersSparseMLP`, with copies of its weights.
+
+    capacity_factor: of each sequence, as in `MoE`. The block has places an expert instead: at
+    sequences of one length, capacity_factor = places * n_experts / length is the same.
+    """
+    wi = torch.stack([expert.wi.weight.detach() for expert in block.experts.values()])
+    wo = torch.stack([expert.wo.weight.detach() for expert in block.experts.values()])
+    n_experts, width, dim = wi.shape
+    experts = FeedForwardExperts(n_experts, dim, width)
+    layer = MoE(
+        dim, experts, n_experts, capacity_factor=capacity_factor, capacity_of="sequence"
+    ).to(wi)
+    weights = {
+        "experts.up": wi,
+        "experts.down": wo,
+        "router.weight": block.router.classifier.weight,
+    }
+    layer.load_state_dict(weights)
+    return layer
 
 
 def _skeleton(config: dict) -> GPT:

@@ -1,7 +1,7 @@
 """A mixture-of-experts layer: a router sends each token to a few of many experts.
 
 The layer that the papers of this theme share. `MoE` takes the place of a block's feed-forward
-layer: `block.mlp = MoE(dim, SwiGLUExperts(8, dim, width), top_k=2)`.
+layer: `block.mlp = MoE(dim, SwiGLUExperts(8, dim, width), 8, top_k=2)`.
 Sources: Switch Transformers (Fedus et al., 2021) for top-1, capacity and the balancing loss;
 ST-MoE (Zoph et al., 2022) for the z-loss; Expert Choice (Zhou et al., 2022); shared experts as in
 DeepSeekMoE (Dai et al., 2024); top-k as in Mixtral (2024) and OLMoE (Muennighoff et al., 2024).

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -153,15 +154,24 @@ def from_hf(source: nn.Module | str | Path, dtype: torch.dtype | None = None) ->
     """
     config, weights = read_model(source)
     model = empty_model(config_from_hub(config))
-    state = {name: weights.get(hub_name(name)) for name in model.state_dict()}
+    load_weights(model, lambda name: weights.get(hub_name(name)))
+    return model.to(dtype) if dtype else model
+
+
+def load_weights(model: GPT, find: Callable[[str], Tensor | None]) -> None:
+    """Fill an `empty_model`, in place; a tied head needs no weights of its own.
+
+    find: the name of one of the model's parameters -> its tensor, or None where there is none.
+    Raises ValueError that names the first parameter without one.
+    """
+    state = {name: find(name) for name in model.state_dict()}
     if model.config.tied and state["head.weight"] is None:
         state["head.weight"] = state["embedding.weight"]
     if missing := [name for name, value in state.items() if value is None]:
-        raise ValueError(f"the weights have no {hub_name(missing[0])} ({len(missing)} missing)")
+        raise ValueError(f"the weights have nothing for {missing[0]} ({len(missing)} missing)")
     model.load_state_dict(state, assign=True)
     if model.config.tied:
         model.head.weight = model.embedding.weight
-    return model.to(dtype) if dtype else model
 
 
 def read_model(source: nn.Module | str | Path) -> tuple[dict, dict[str, Tensor]]:

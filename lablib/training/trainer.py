@@ -72,8 +72,9 @@ def fit(
         DataModule, whose held-out batches are then used, too.
     loss: (model, batch) -> scalar; without it the next-token loss of (batch, length + 1) tokens.
         Scalars that modules leave in `auxiliary_loss` are added.
-    lr, warmup, schedule: AdamW's peak rate; steps of warmup (5 % by default); "cosine", "wsd" or
-        "constant". weight_decay applies to matrices alone. clip: largest norm of the gradient.
+    lr, warmup, schedule: AdamW's peak rate; steps of warmup (5 % by default); "cosine", "wsd",
+        "constant" or "inverse-sqrt". weight_decay applies to matrices alone. clip: largest norm of
+        the gradient.
     accumulate: batches a step.
     held_out: batches whose mean loss is taken at the end, and each `held_out_every` steps.
     checkpoint: a folder. Every `every` steps all state is written there; when the same call is made

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lablib.data import Batches
+from lablib.experts.hub import from_hf_switch
 from lablib.experts.moe import (
     ExpertList,
     FeedForwardExperts,
@@ -96,14 +97,7 @@ def test_equals_transformers_switch_block_dropped_tokens_too(capacity, x):
     theirs = SwitchTransformersSparseMLP(config).eval()
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, 0.0, 0.3)
-    ours = MoE(
-        16, FeedForwardExperts(5, 16, 12), 5,
-        capacity_factor=capacity * 5 / X[1], capacity_of="sequence",
-    ).eval()  # fmt: skip
-    ours.router.weight.data.copy_(theirs.router.classifier.weight)
-    for i in range(5):
-        ours.experts.up.data[i] = theirs.experts[f"expert_{i}"].wi.weight
-        ours.experts.down.data[i] = theirs.experts[f"expert_{i}"].wo.weight
+    ours = from_hf_switch(theirs, capacity_factor=capacity * 5 / X[1]).eval()
     assert ours.capacity(X[1]) == capacity
     _same(ours, theirs, x, [(ours.router.weight, theirs.router.classifier.weight)])
 

@@ -140,5 +140,5 @@ def test_missing_weights_are_named():
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES))
     broken = copy.deepcopy(model)
     del broken.model.norm
-    with pytest.raises(ValueError, match=r"no model\.norm\.weight"):
+    with pytest.raises(ValueError, match=r"nothing for norm\.weight"):
         from_hf(broken)
