@@ -16,6 +16,7 @@ _PLACES = {
     "words": "text",
     "sentences": "text",
     "ByteTokenizer": "tokenizers",
+    "LetterTokenizer": "tokenizers",
     "BPETokenizer": "tokenizers",
     "train_bpe": "tokenizers",
     "END_OF_TEXT": "tokenizers",

@@ -1,5 +1,6 @@
-"""Byte and BPE tokenizers: text to lists of ids and back, without loss."""
+"""Byte and BPE tokenizers: text to lists of ids and back, without loss. Letters, with loss."""
 
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,25 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; bos/eos are dropped, bytes that are no UTF-8 become U+FFFD."""
         return bytes(token for token in ids if token < 256).decode(errors="replace")
+
+
+class LetterTokenizer:
+    """27 symbols: space as 0, a to z as 1 to 26. Small letters, and one space for all else.
+
+    Source: Shannon, "Prediction and entropy of printed English" (1951).
+    """
+
+    symbols = " abcdefghijklmnopqrstuvwxyz"
+    vocab_size = 27
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text's letters."""
+        letters = re.sub("[^a-z]+", " ", text.lower()).encode()
+        return list(letters.translate(bytes.maketrans(self.symbols.encode(), bytes(range(27)))))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The symbols of ids."""
+        return "".join(self.symbols[token] for token in ids)
 
 
 class BPETokenizer:

@@ -17,7 +17,9 @@ kept tokens alone; tokens that skip a layer move its router through the density 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +28,7 @@ from torch.nn import functional as F
 
 from lablib.kernels import merge_tokens, select_tokens
 from lablib.models import anatomy
-from lablib.models.gpt import GPT, Attention, Block, GPTConfig, KVCache, rotate
+from lablib.models.gpt import GPT, Attention, Block, GPTConfig, KVCache, rotary_table, rotate
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -240,6 +242,25 @@ def attend_kept(
     return attention.output(y.transpose(1, 2)[row, slot].flatten(1))
 
 
+def masked_logits(model: GPT, tokens: Tensor) -> Tensor:
+    """What a model of `SkipBlock`s computes, by the equation as it stands: nothing is gathered.
+
+    Every row runs every layer, and G multiplies. From one seed, routers that draw make the draws
+    of the model's own call. tokens: (batch, length) int64. Returns (batch, length, vocab).
+    Raises ValueError for blocks with a second router or with early exit.
+    """
+    x = model.embedding(tokens)
+    rotary = rotary_table(model.config, 0, tokens.shape[1], x)
+    for skip in model.blocks:
+        if skip.mlp_router is not None or skip.after is not None:
+            raise ValueError("masked_logits takes blocks with one router and without early exit")
+        mask, gate = skip.router(skip.block.attention_norm(x), x)
+        # A skipped row is never computed, so its gate gets no gradient.
+        gate = (mask if gate is None else mask * gate)[..., None].to(x.dtype)
+        x = gate * skip.block(x, rotary) + (1 - gate) * x
+    return model.head(model.norm(x))
+
+
 def add_routers(
     model: GPT,
     density: float,
@@ -340,13 +361,25 @@ def set_threshold(model: GPT, threshold: float) -> None:
             module.threshold = threshold
 
 
+def set_density(model: GPT, density: float) -> None:
+    """Give all random routers one density.
+
+    Raises ValueError for a density outside [0, 1].
+    """
+    if not 0 <= density <= 1:
+        raise ValueError(f"density {density} is the share of tokens that run a layer: 0 to 1")
+    for module in model.modules():
+        if isinstance(module, RandomRouter):
+            module.density = density
+
+
 @torch.no_grad()
 def calibrate(model: GPT, tokens: Tensor, target: float, tolerance: float = 2e-3) -> float:
     """Find, by bisection, the threshold at which tokens run `target` of the layers; set it.
 
-    tokens: (batch, length) text to measure on. tolerance: how far off the density may be. The
-    paper takes threshold 0 and whatever density
-    that gives; this makes densities equal, so that losses can be compared.
+    tokens: (batch, length) text to measure on. tolerance: how far off the density may be.
+    The paper takes threshold 0 and whatever density that gives; this makes densities equal, so
+    that losses can be compared.
     """
     training, low, high = model.training, -40.0, 40.0
     model.eval()
@@ -387,3 +420,66 @@ def matching_density(config: GPTConfig, length: int, flops: float) -> float:
     if not least < flops <= most:
         raise ValueError(f"{flops:,.0f} FLOPs a token are not within {least:,.0f} to {most:,.0f}")
     return (flops - least) / (most - least)
+
+
+@torch.inference_mode()
+def decoding_seconds(
+    model: GPT, ways: Sequence[Sequence[nn.Module]], prompt: Tensor, steps: int
+) -> list[float]:
+    """Median seconds of a decoding step, one number for each of several lists of blocks.
+
+    ways: lists of blocks that stand in for the model's own, which are put back at the end. They
+    take turns, step by step, so that other programs slow all of them alike.
+    prompt: (batch, length) int64, read before the clock starts. Each step then feeds its last
+    column again: time depends on how many tokens there are, not on which.
+    steps: how many are timed, after a first one that is not.
+    Raises ValueError for less than one step.
+    """
+    if steps < 1:
+        raise ValueError(f"{steps} steps have no median: time one or more")
+    own, stacks = model.blocks, [nn.ModuleList(blocks) for blocks in ways]
+    new, caches, spent = prompt[:, -1:], [], [[] for _ in ways]
+    try:
+        for stack in stacks:
+            model.blocks = stack
+            caches.append(model.new_cache(prompt.shape[1] + steps + 1))
+            model.hidden_states(prompt, caches[-1])
+        for _ in range(steps + 1):
+            for stack, cache, seconds in zip(stacks, caches, spent):
+                model.blocks = stack
+                start = _now(prompt)
+                model.head(model.hidden_states(new, cache)[:, -1])
+                seconds.append(_now(prompt) - start)
+    finally:
+        model.blocks = own
+    return [statistics.median(seconds[1:]) for seconds in spent]
+
+
+def _now(tensor: Tensor) -> float:
+    """The clock, once the tensor's device has done what it was asked to."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def leave_one_out_losses(model: GPT, tokens: Tensor) -> tuple[float, list[float]]:
+    """Next-token loss with all blocks, and with each block left out in turn, for all tokens.
+
+    tokens: (batch, length + 1) int64. Nats a token. What comes before the block that is left out
+    is computed once.
+    """
+    x, target = model.embedding(tokens[:, :-1]), tokens[:, 1:].flatten()
+    rotary = rotary_table(model.config, 0, x.shape[1], x)
+    blocks, losses = list(model.blocks), []
+
+    def loss_after(x: Tensor, blocks: Sequence[nn.Module]) -> float:
+        for block in blocks:
+            x = block(x, rotary)
+        return F.cross_entropy(model.head(model.norm(x)).flatten(0, 1), target).item()
+
+    whole = loss_after(x, blocks)
+    for place, block in enumerate(blocks):
+        losses.append(loss_after(x, blocks[place + 1 :]))
+        x = block(x, rotary)
+    return whole, losses

@@ -212,15 +212,16 @@ def speed_up(steps: Sequence[float], dense: Sequence[float], switch: Sequence[fl
 
 @contextlib.contextmanager
 def watched_load(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Within the block, each call of a Switch layer leaves how many tokens asked for each expert.
+    """Within the block, each training step leaves how many tokens asked for each expert.
 
     name -> list of (n_experts,) int64: what `recorded` keeps whole, small enough for a training.
+    Calls in eval mode, such as held-out losses, are not counted.
     """
     layers = moe_layers(model)
     loads: dict[str, list[Tensor]] = {name: [] for name in layers}
     try:
         for name, layer in layers.items():
-            layer.records = _Counts(loads[name], layer.n_experts)
+            layer.records = _Counts(layer, loads[name])
         yield loads
     finally:
         for layer in layers.values():
@@ -228,11 +229,12 @@ def watched_load(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 
 
 class _Counts:
-    def __init__(self, kept: list[Tensor], n_experts: int):
-        self.kept, self.n_experts = kept, n_experts
+    def __init__(self, layer: MoE, kept: list[Tensor]):
+        self.layer, self.kept = layer, kept
 
     def append(self, record: Record) -> None:
-        self.kept.append(record.experts.flatten().bincount(minlength=self.n_experts))
+        if self.layer.training:
+            self.kept.append(record.experts.flatten().bincount(minlength=self.layer.n_experts))
 
 
 def dropped_at(asked: Tensor, capacity_factor: float) -> Tensor:

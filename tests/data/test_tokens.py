@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from lablib.data import (
     BPETokenizer,
     ByteTokenizer,
     Document,
+    LetterTokenizer,
     MarkovSource,
     TokenData,
     encode_documents,
@@ -31,6 +34,19 @@ def test_bytes_round_trip(text):
     tokenizer = ByteTokenizer()
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.decode([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]) == text
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_letters_keep_a_to_z_and_one_space_for_all_else(text):
+    tokenizer = LetterTokenizer()
+    ids = tokenizer.encode(text)
+    assert all(0 <= i < 27 for i in ids) and (0, 0) not in pairwise(ids)
+    kept = [c if "a" <= c <= "z" else " " for c in text.lower()]
+    assert tokenizer.decode(ids).split() == "".join(kept).split()
+
+
+def test_letters_by_hand():
+    assert LetterTokenizer().encode("Az, B!") == [1, 26, 0, 2, 0]
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))

@@ -91,6 +91,36 @@ def test_every_gradient_equals_that_of_the_masked_computation():
     assert all(compact[f"blocks.{i}.router.weight"].abs().sum() > 0 for i in range(3))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_masked_logits_follow_the_equation_and_compute_every_row(training):
+    model, tokens, rows = lts.add_routers(small(), 0.5).train(training), text(3, 13), []
+    torch.manual_seed(5)
+    compact = model(tokens)
+    masks = [block.choices[0].mask.float() for block in model.blocks]
+    assert 0 < sum(mask.sum() for mask in masks) < 3 * tokens.numel()
+    found = torch.autograd.grad(compact.square().sum(), list(model.parameters()), allow_unused=True)
+    for block in model.blocks:
+        block.block.mlp.up.register_forward_hook(lambda m, args, y: rows.append(y[..., 0].numel()))
+    torch.manual_seed(5)
+    masked = lts.masked_logits(model, tokens)
+    assert rows == [tokens.numel()] * 3
+    assert torch.allclose(masked, masked_model(model, tokens, masks), atol=1e-5)
+    grads = torch.autograd.grad(masked.square().sum(), list(model.parameters()), allow_unused=True)
+    for ours, theirs in zip(found, grads):
+        assert (ours is None and theirs is None) or torch.allclose(ours, theirs, 1e-4, 1e-3)
+
+
+def test_masked_logits_know_routers_without_a_gate_and_refuse_what_they_do_not_know():
+    model, tokens = lts.add_random_routers(small(), 0.5), text(2, 9)
+    torch.manual_seed(0)
+    expected = model(tokens)
+    torch.manual_seed(0)
+    assert torch.allclose(lts.masked_logits(model, tokens), expected, atol=1e-5)
+    for option in ("apart", "exits"):
+        with pytest.raises(ValueError, match="one router and without early exit"):
+            lts.masked_logits(lts.add_routers(small(), 0.5, **{option: True}), tokens)
+
+
 def test_without_compaction_skipped_tokens_reach_the_router():
     grads = []
     for compact in (True, False):
@@ -213,6 +243,66 @@ def test_random_routers_skip_at_their_density():
     model(text(16, 60))
     assert lts.density(model) == pytest.approx(0.3, abs=0.03)
     next_token_loss(model, text(2, 9)).backward()
+
+
+def test_set_density_reaches_random_routers_alone():
+    model = lts.add_random_routers(small(), 0.3)
+    lts.set_density(model, 0.8)
+    torch.manual_seed(0)
+    model(text(16, 60))
+    assert lts.density(model) == pytest.approx(0.8, abs=0.03)
+    with pytest.raises(ValueError, match=r"density 1\.2"):
+        lts.set_density(model, 1.2)
+    learned = lts.add_routers(small(), 0.3)
+    lts.set_density(learned, 0.8)
+    assert not any(hasattr(block.router, "density") for block in learned.blocks)
+
+
+class Sleeper(torch.nn.Module):
+    """A block that moves a clock instead of computing."""
+
+    def __init__(self, clock, name, seconds):
+        super().__init__()
+        self.clock, self.name, self.seconds = clock, name, list(seconds)
+
+    def forward(self, x, rotary, cache):
+        cache.append(*torch.zeros(2, len(x), 2, x.shape[1], 8))
+        now = self.clock[-1][-1] + self.seconds.pop(0)
+        self.clock.append((self.name, x.shape[1], cache.length, now))
+        return x
+
+
+def test_decoding_seconds_are_medians_of_ways_that_take_turns(monkeypatch):
+    model, clock = small(), [("start", 0, 0, 0.0)]
+    own = list(model.blocks)
+    monkeypatch.setattr(lts.time, "perf_counter", lambda: clock[-1][-1])
+    # The prompt, the step that is not counted, then three that are.
+    slow = Sleeper(clock, "slow", [100, 50, 7, 3, 4])
+    fast = Sleeper(clock, "fast", [100, 50, 1, 1, 2])
+    found = lts.decoding_seconds(model, [[slow], [fast]], text(2, 6), steps=3)
+    assert found == [4, 1]
+    assert [row[:3] for row in clock[1:]] == [
+        (name, new, seen)
+        for new, seen in [(6, 6), (1, 7), (1, 8), (1, 9), (1, 10)]
+        for name in ("slow", "fast")
+    ]
+    assert list(model.blocks) == own
+    with pytest.raises(ValueError, match="0 steps"):
+        lts.decoding_seconds(model, [own], text(2, 6), steps=0)
+    with pytest.raises(IndexError):
+        lts.decoding_seconds(model, [[slow]], text(2, 6), steps=3)
+    assert list(model.blocks) == own, "also after an error"
+
+
+def test_leaving_out_a_block_is_the_model_without_it():
+    model, tokens = small(), text(2, 9)
+    whole, losses = lts.leave_one_out_losses(model, tokens)
+    blocks = list(model.blocks)
+    assert whole == pytest.approx(next_token_loss(model, tokens).item(), rel=1e-5)
+    for place, loss in enumerate(losses):
+        model.blocks = torch.nn.ModuleList(blocks[:place] + blocks[place + 1 :])
+        assert loss == pytest.approx(next_token_loss(model, tokens).item(), rel=1e-5)
+    assert len({round(loss, 4) for loss in (whole, *losses)}) == len(blocks) + 1
 
 
 @pytest.mark.parametrize("kv", [1, 2, 4])

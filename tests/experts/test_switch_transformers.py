@@ -235,7 +235,8 @@ def test_watched_loads_count_what_tokens_ask_for():
     with st.watched_load(model) as loads:
         model(text)
         model(text)
-    model(text)
+        model.eval()(text)
+    model.train()(text)
     assert list(loads) == ["blocks.1.mlp"] and len(loads["blocks.1.mlp"]) == 2
     assert all(int(counts.sum()) == 60 for counts in loads["blocks.1.mlp"])
 

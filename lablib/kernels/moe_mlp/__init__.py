@@ -1,10 +1,13 @@
 """Feed-forward experts over the tokens sent to them, weighted and summed by token.
 
-On CUDA it is a gather, two calls of `grouped_linear` and `merge_tokens`. On CPU one expert is
-finished before the next is begun, forward and backward: what lies between its two products stays
-in the cache, copies of tokens never exist all at once, and no buffer is so large that the
-allocator returns it to the system, to be faulted in again page by page.
+On CUDA it is a gather, two calls of `grouped_linear` and `merge_tokens`. On CPU groups are taken
+in chunks, one large group or several small ones, and a chunk is finished before the next is begun:
+what lies between its products stays in the cache, copies of tokens never exist all at once, and
+many small groups still share what is not a matrix product.
 """
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from lablib.kernels.memory import empty
 from lablib.kernels.select_tokens import merge_tokens
 
 ACTIVATIONS = ("relu", "swiglu")
+CHUNK = 2**18  # numbers between the two products, 1 MiB: about what a core's cache holds
 
 
 def moe_mlp(
@@ -44,7 +48,7 @@ def moe_mlp(
         return merge_tokens(rows.new_zeros(x.shape), rows, token, weight)
     x, up, down = cast(x, up, down)
     same_dtype("moe_mlp", x=x, up=up, down=down)
-    return _PerGroup.apply(x, token, weight.to(x.dtype), up, down, counts, activation)
+    return _PerChunk.apply(x, token, weight.to(x.dtype), up, down, counts, activation)
 
 
 def _check(x, token, weight, up, down, activation) -> None:
@@ -82,21 +86,55 @@ def _through_activation(grad: Tensor, hidden: Tensor, activation: str) -> Tensor
     return out
 
 
-class _PerGroup(torch.autograd.Function):
+class _Chunk(NamedTuple):
+    """Consecutive groups: their rows start to end, their numbers, and how many rows each has."""
+
+    start: int
+    end: int
+    groups: list[int]
+    sizes: list[int]
+
+    def multiply(self, left: Tensor, right: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """out[rows of g] = left[rows of g] @ right[g], g by g."""
+        for group, part, into in zip(self.groups, left.split(self.sizes), out.split(self.sizes)):
+            torch.mm(part, right[group], out=into)
+        return out
+
+    def outer(self, left: Tensor, right: Tensor, out: tuple[Tensor, ...]) -> None:
+        """out[g] = left[rows of g]^T @ right[rows of g], g by g."""
+        for group, a, b in zip(self.groups, left.split(self.sizes), right.split(self.sizes)):
+            torch.mm(a.t(), b, out=out[group])
+
+
+def _chunks(groups: list[tuple[int, int, int]], hidden: int) -> Iterator[_Chunk]:
+    """Groups (number, start, end) in chunks of at most CHUNK // hidden rows, or of one group."""
+    taken: list[tuple[int, int, int]] = []
+    for group in [*groups, None]:
+        if taken and (group is None or (group[2] - taken[0][1]) * hidden > CHUNK):
+            numbers, sizes = [g for g, _, _ in taken], [end - start for _, start, end in taken]
+            yield _Chunk(taken[0][1], taken[-1][2], numbers, sizes)
+            taken = []
+        taken.append(group)
+
+
+class _PerChunk(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, token, weight, up, down, counts, activation):
         ctx.groups, ctx.activation = bounds(len(token), counts), activation
         keep = any(ctx.needs_input_grad)
         hidden = empty(x, len(token), up.shape[1]) if keep else None
         rows = empty(x, len(token), x.shape[1]) if keep else None
+        up_t, down_t = up.transpose(1, 2).unbind(), down.transpose(1, 2).unbind()
         out = empty(x, *x.shape).zero_()
-        for group, start, end in ctx.groups:
-            part = slice(start, end)
-            into, onto = (hidden[part], rows[part]) if keep else (None, None)
-            inner = torch.mm(x.index_select(0, token[part]), up[group].t(), out=into)
+        for chunk in _chunks(ctx.groups, up.shape[1]):
+            part = slice(chunk.start, chunk.end)
+            taken, n = x.index_select(0, token[part]), chunk.end - chunk.start
+            inner = hidden[part] if keep else x.new_empty(n, up.shape[1])
+            chunk.multiply(taken, up_t, inner)
             if activation == "relu":
                 inner.relu_()
-            row = torch.mm(_activate(inner, activation), down[group].t(), out=onto)
+            row = rows[part] if keep else taken  # read already, so free to be written
+            chunk.multiply(_activate(inner, activation), down_t, row)
             out.index_add_(0, token[part], row * weight[part, None])
         ctx.save_for_backward(x, token, weight, up, down, hidden, rows)
         return out
@@ -104,7 +142,7 @@ class _PerGroup(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, token, weight, up, down, all_hidden, all_rows = ctx.saved_tensors
+        x, token, weight, up, down, hidden, rows = ctx.saved_tensors
         needs_x, _, needs_weight, needs_up, needs_down, *_ = ctx.needs_input_grad
         by_x = empty(x, *x.shape).zero_() if needs_x else None
         by_weight = torch.empty_like(weight) if needs_weight else None
@@ -113,18 +151,20 @@ class _PerGroup(torch.autograd.Function):
         for gradient in (by_up, by_down):
             if gradient is not None:
                 zero_empty(gradient, ctx.groups)
-        for group, start, end in ctx.groups:
-            place, hidden, rows = token[start:end], all_hidden[start:end], all_rows[start:end]
+        for chunk in _chunks(ctx.groups, up.shape[1]):
+            part = slice(chunk.start, chunk.end)
+            place, inner = token[part], hidden[part]
             by_row = grad.index_select(0, place)
             if needs_weight:
-                torch.sum(rows * by_row, 1, out=by_weight[start:end])
-            by_row.mul_(weight[start:end, None])
+                torch.sum(rows[part] * by_row, 1, out=by_weight[part])
+            by_row.mul_(weight[part, None])
             if needs_down:
-                active = _activate(hidden, ctx.activation)
-                torch.mm(by_row.t(), active, out=by_down[group])
-            by_hidden = _through_activation(by_row @ down[group], hidden, ctx.activation)
+                chunk.outer(by_row, _activate(inner, ctx.activation), by_down.unbind())
+            by_active = by_row.new_empty(len(place), down.shape[2])
+            chunk.multiply(by_row, down.unbind(), by_active)
+            by_inner = _through_activation(by_active, inner, ctx.activation)
             if needs_up:
-                torch.mm(by_hidden.t(), x.index_select(0, place), out=by_up[group])
+                chunk.outer(by_inner, x.index_select(0, place), by_up.unbind())
             if needs_x:
-                by_x.index_add_(0, place, by_hidden @ up[group])
+                by_x.index_add_(0, place, chunk.multiply(by_inner, up.unbind(), by_row))
         return by_x, None, by_weight, by_up, by_down, None, None
