@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import multiprocessing
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -22,9 +21,7 @@ from lablib.experts.hub import from_hf_switch
 from lablib.experts.moe import MoE, SwiGLUExperts
 from lablib.kernels import grouped_linear, linear_cross_entropy, merge_tokens, route, select_tokens
 from lablib.models import GPTConfig, SwiGLU
-from lablib.resources import peak_memory
-
-Way = Callable[[], object]
+from lablib.resources import Way, measure, peak_memory
 
 
 @dataclass
@@ -57,31 +54,6 @@ def _step(function: Callable, *leaves: Tensor) -> Way:
         return out.detach()
 
     return run
-
-
-def measure(ways: dict[str, Way], repeats: int = 7) -> dict[str, list[float] | str]:
-    """Seconds of each way in each round; a way that fails gives its error's name."""
-    times: dict[str, list[float] | str] = {}
-    for key, way in ways.items():
-        try:
-            way()
-            times[key] = []
-        except Exception as error:  # a peer that is not there or a compiler that fails
-            times[key] = f"not run: {type(error).__name__}"
-    for _ in range(repeats):
-        for key, way in ways.items():
-            if not isinstance(times[key], str):
-                _wait()
-                start = time.perf_counter()
-                way()
-                _wait()
-                times[key].append(time.perf_counter() - start)
-    return times
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _show(case: Case, limits: dict[str, float], repeats: int) -> dict[str, float | str]:

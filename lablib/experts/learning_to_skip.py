@@ -18,7 +18,6 @@ kept tokens alone; tokens that skip a layer move its router through the density 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 from lablib.kernels import merge_tokens, select_tokens
 from lablib.models import anatomy
 from lablib.models.gpt import GPT, Attention, Block, GPTConfig, KVCache, rotary_table, rotate
+from lablib.resources import clock
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -447,19 +447,12 @@ def decoding_seconds(
         for _ in range(steps + 1):
             for stack, cache, seconds in zip(stacks, caches, spent):
                 model.blocks = stack
-                start = _now(prompt)
+                start = clock()
                 model.head(model.hidden_states(new, cache)[:, -1])
-                seconds.append(_now(prompt) - start)
+                seconds.append(clock() - start)
     finally:
         model.blocks = own
     return [statistics.median(seconds[1:]) for seconds in spent]
-
-
-def _now(tensor: Tensor) -> float:
-    """The clock, once the tensor's device has done what it was asked to."""
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-    return time.perf_counter()
 
 
 @torch.no_grad()
