@@ -11,7 +11,8 @@ LIKE = torch.empty(1)
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.setattr(memory, "_idle", type(memory._idle)(list))
+    monkeypatch.setattr(memory, "_idle", {})
+    monkeypatch.setattr(memory, "LARGE", 10)
 
 
 def kept() -> int:
@@ -73,6 +74,16 @@ def test_empty_shapes(shape):
     assert memory.empty(LIKE, *shape).shape == shape
 
 
-def test_other_dtypes_are_torchs():
-    assert memory.empty(LIKE.half(), 4).dtype == torch.float16
-    assert kept() == 0
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 64), (torch.float32, 9)])
+def test_small_tensors_and_other_dtypes_are_torchs(dtype, size):
+    assert memory.empty(LIKE.to(dtype), size).dtype == dtype
+    assert memory._idle == {}
+
+
+def test_sizes_that_are_not_idle_leave_no_trace():
+    for size in range(20, 60):
+        held = memory.empty(LIKE, size)
+        del held
+        held = memory.empty(LIKE, size)
+        assert held.numel() == size
+        assert size + memory.LINE not in memory._idle
