@@ -1,9 +1,13 @@
+from importlib import import_module
+
 import pytest
 import torch
 
 from lablib.kernels import grouped_linear, moe_mlp
 from lablib.kernels.grouped_linear import naive
 from lablib.kernels.moe_mlp import naive as naive_mlp
+
+moe_mlp_module = import_module("lablib.kernels.moe_mlp")
 
 # counts, d_in, d_out
 CASES = [
@@ -130,6 +134,34 @@ def test_moe_mlp_outputs_and_gradients_equal_naive(activation, counts, compiled,
     torch.testing.assert_close(
         gradients(call(ours), *floats), gradients(call(naive_mlp.moe_mlp), *floats)
     )
+
+
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+@pytest.mark.parametrize("rows", [1, 5, 8, 100])
+def test_moe_mlp_in_chunks_of_any_size_equals_naive(activation, rows, gradients, monkeypatch):
+    floats, token, counts = _mlp_inputs(activation, (5, 0, 3, 2, 9, 1))
+    monkeypatch.setattr(moe_mlp_module, "CHUNK", rows * floats[2].shape[1])
+
+    def call(function):
+        return lambda x, w, up, down: function(x, token, w, up, down, counts, activation)
+
+    torch.testing.assert_close(
+        gradients(call(moe_mlp), *floats), gradients(call(naive_mlp.moe_mlp), *floats)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(call(moe_mlp)(*floats), call(naive_mlp.moe_mlp)(*floats))
+
+
+def test_chunks_take_whole_groups_in_order(monkeypatch):
+    monkeypatch.setattr(moe_mlp_module, "CHUNK", 8 * 3)
+    groups = [(0, 0, 5), (2, 5, 8), (3, 8, 10), (4, 10, 19), (5, 19, 20)]
+    chunks = [tuple(chunk) for chunk in moe_mlp_module._chunks(groups, hidden=3)]
+    assert chunks == [
+        (0, 8, [0, 2], [5, 3]),
+        (8, 10, [3], [2]),
+        (10, 19, [4], [9]),
+        (19, 20, [5], [1]),
+    ]
 
 
 def test_moe_mlp_without_gradients_and_with_some():
