@@ -57,24 +57,29 @@ def _step(function: Callable, *leaves: Tensor) -> Way:
 
 
 def _show(case: Case, limits: dict[str, float], repeats: int) -> dict[str, float | str]:
-    found = measure(case.ways, repeats)
+    """Median seconds of each way, printed; a way that fails gives its error's name."""
+    found: dict[str, float | str] = {}
+    for key, way in case.ways.items():
+        try:
+            way()  # the first run of each is not timed
+        except Exception as error:  # a peer that is not there or a compiler that fails
+            found[key] = f"not run: {type(error).__name__}"
+    times = measure({key: way for key, way in case.ways.items() if key not in found}, repeats)
     print(f"\n{case.title}")
-    base = next(iter(found.values()))
-    medians: dict[str, float | str] = {}
-    for key, times in found.items():
-        if isinstance(times, str):
-            medians[key] = times
-            print(f"  {key:36} {times}")
+    ours = times[next(iter(case.ways))]
+    for key in case.ways:
+        if key in found:
+            print(f"  {key:36} {found[key]}")
             continue
-        seconds = medians[key] = statistics.median(times)
-        ratio = statistics.median(time / ours for time, ours in zip(times, base))
+        seconds = found[key] = statistics.median(times[key])
+        ratio = statistics.median(time / own for time, own in zip(times[key], ours))
         parts = [f"  {key:36} {1e3 * seconds:9.2f} ms  {ratio:5.2f} x ours"]
         if case.flops:
             parts.append(f"{case.flops / seconds / limits['flops']:5.0%} of peak FLOP/s")
         if case.moved:
             parts.append(f"{case.moved / seconds / limits['bandwidth']:5.0%} of bandwidth")
         print("  ".join(parts), flush=True)
-    return medians
+    return found
 
 
 def machine_limits(device: str, dtype: torch.dtype) -> dict[str, float]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 from lablib.kernels import merge_tokens, select_tokens
 from lablib.models import anatomy
 from lablib.models.gpt import GPT, Attention, Block, GPTConfig, KVCache, rotary_table, rotate
-from lablib.resources import clock
+from lablib.resources import measure
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -437,22 +438,22 @@ def decoding_seconds(
     """
     if steps < 1:
         raise ValueError(f"{steps} steps have no median: time one or more")
-    own, stacks = model.blocks, [nn.ModuleList(blocks) for blocks in ways]
-    new, caches, spent = prompt[:, -1:], [], [[] for _ in ways]
+    own, new, turns = model.blocks, prompt[:, -1:], {}
+
+    def step(stack: nn.ModuleList, cache: list[KVCache]) -> None:
+        model.blocks = stack
+        model.head(model.hidden_states(new, cache)[:, -1])
+
     try:
-        for stack in stacks:
-            model.blocks = stack
-            caches.append(model.new_cache(prompt.shape[1] + steps + 1))
-            model.hidden_states(prompt, caches[-1])
-        for _ in range(steps + 1):
-            for stack, cache, seconds in zip(stacks, caches, spent):
-                model.blocks = stack
-                start = clock()
-                model.head(model.hidden_states(new, cache)[:, -1])
-                seconds.append(clock() - start)
+        for place, blocks in enumerate(ways):
+            stack = model.blocks = nn.ModuleList(blocks)
+            cache = model.new_cache(prompt.shape[1] + steps + 1)
+            model.hidden_states(prompt, cache)
+            turns[place] = partial(step, stack, cache)
+        spent = measure(turns, steps + 1)
     finally:
         model.blocks = own
-    return [statistics.median(seconds[1:]) for seconds in spent]
+    return [statistics.median(seconds[1:]) for seconds in spent.values()]
 
 
 @torch.no_grad()

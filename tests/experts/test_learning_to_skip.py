@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lablib import resources
 from lablib.exercises import learning_to_skip as exercises
 from lablib.experts import learning_to_skip as lts
 from lablib.models import GPT, GPTConfig
@@ -275,7 +276,7 @@ class Sleeper(torch.nn.Module):
 def test_decoding_seconds_are_medians_of_ways_that_take_turns(monkeypatch):
     model, clock = small(), [("start", 0, 0, 0.0)]
     own = list(model.blocks)
-    monkeypatch.setattr(lts, "clock", lambda: clock[-1][-1])
+    monkeypatch.setattr(resources, "_clock", lambda: clock[-1][-1])
     # The prompt, the step that is not counted, then three that are.
     slow = Sleeper(clock, "slow", [100, 50, 7, 3, 4])
     fast = Sleeper(clock, "fast", [100, 50, 1, 1, 2])

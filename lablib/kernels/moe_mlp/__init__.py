@@ -94,13 +94,13 @@ class _Chunk(NamedTuple):
     groups: list[int]
     sizes: list[int]
 
-    def multiply(self, left: Tensor, right: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    def multiply(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
         """out[rows of g] = left[rows of g] @ right[g], g by g."""
         for group, part, into in zip(self.groups, left.split(self.sizes), out.split(self.sizes)):
             torch.mm(part, right[group], out=into)
         return out
 
-    def outer(self, left: Tensor, right: Tensor, out: tuple[Tensor, ...]) -> None:
+    def outer(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """out[g] = left[rows of g]^T @ right[rows of g], g by g."""
         for group, a, b in zip(self.groups, left.split(self.sizes), right.split(self.sizes)):
             torch.mm(a.t(), b, out=out[group])
@@ -124,7 +124,7 @@ class _PerChunk(torch.autograd.Function):
         keep = any(ctx.needs_input_grad)
         hidden = empty(x, len(token), up.shape[1]) if keep else None
         rows = empty(x, len(token), x.shape[1]) if keep else None
-        up_t, down_t = up.transpose(1, 2).unbind(), down.transpose(1, 2).unbind()
+        up_t, down_t = up.transpose(1, 2), down.transpose(1, 2)
         out = empty(x, *x.shape).zero_()
         for chunk in _chunks(ctx.groups, up.shape[1]):
             part = slice(chunk.start, chunk.end)
@@ -159,12 +159,12 @@ class _PerChunk(torch.autograd.Function):
                 torch.sum(rows[part] * by_row, 1, out=by_weight[part])
             by_row.mul_(weight[part, None])
             if needs_down:
-                chunk.outer(by_row, _activate(inner, ctx.activation), by_down.unbind())
+                chunk.outer(by_row, _activate(inner, ctx.activation), by_down)
             by_active = by_row.new_empty(len(place), down.shape[2])
-            chunk.multiply(by_row, down.unbind(), by_active)
+            chunk.multiply(by_row, down, by_active)
             by_inner = _through_activation(by_active, inner, ctx.activation)
             if needs_up:
-                chunk.outer(by_inner, x.index_select(0, place), by_up.unbind())
+                chunk.outer(by_inner, x.index_select(0, place), by_up)
             if needs_x:
-                by_x.index_add_(0, place, chunk.multiply(by_inner, up.unbind(), by_row))
+                by_x.index_add_(0, place, chunk.multiply(by_inner, up, by_row))
         return by_x, None, by_weight, by_up, by_down, None, None
