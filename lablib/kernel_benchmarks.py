@@ -1,13 +1,14 @@
 """`python -m lablib bench kernels`: each op against its definition, plain and compiled, and peers.
 
-What is compared takes turns, so that a busy machine slows all alike; a ratio is the median over
-rounds of the ratio within a round.
+What is compared takes turns, in a new order each round, so that neither a busy machine nor what ran
+just before favors one of them; a ratio is the median over rounds of the ratio within a round.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import multiprocessing
+import random
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,7 +65,9 @@ def _show(case: Case, limits: dict[str, float], repeats: int) -> dict[str, float
             way()  # the first run of each is not timed
         except Exception as error:  # a peer that is not there or a compiler that fails
             found[key] = f"not run: {type(error).__name__}"
-    times = measure({key: way for key, way in case.ways.items() if key not in found}, repeats)
+    ways = [(key, way) for key, way in case.ways.items() if key not in found]
+    rounds = [measure(dict(random.sample(ways, len(ways))), 1) for _ in range(repeats)]
+    times = {key: [seconds[key][0] for seconds in rounds] for key, _ in ways}
     print(f"\n{case.title}")
     ours = times[next(iter(case.ways))]
     for key in case.ways:
@@ -310,7 +313,7 @@ def loss_memory(device: str, dtype: torch.dtype) -> dict[str, int]:
     return found
 
 
-def bench_kernels(repeats: int = 21) -> dict[str, dict[str, float | str]]:
+def bench_kernels(repeats: int = 41) -> dict[str, dict[str, float | str]]:
     """Time every op on this machine's device and print ratios; returns title -> way -> seconds."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
