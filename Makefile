@@ -5,46 +5,63 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 JOBS ?= 2
+VERSION := import sys; print("%d.%d" % sys.version_info[:2])
+PYVER := $(shell $(PYTHON) -c '$(VERSION)')
+READY := $(VENV)/ready-$(PYVER)
+COMMA := ,
+# $(call install,EXTRAS): a few minutes the first time.
+install = set -o pipefail; echo "installing packages into $(VENV)"; \
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(1)]' \
+	| awk '/^(Collecting|Building|Installing|Successfully)/ {print "  " $$1 " " $$2; fflush()}'
 
-.PHONY: help setup lab test lint unit labs test-browser verify coverage bench doctor checkpoints wheel clean
+.PHONY: help setup test-setup lab test lint unit labs test-browser verify study coverage bench doctor checkpoints wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-setup: $(VENV)/ready ## virtual environment, packages, corpora and pretrained models
+setup: $(READY) ## virtual environment, packages, corpora and pretrained models
 	@$(BIN)/python -m lablib setup
 
-# The stamp is written last, so an interrupted installation is taken up again.
-$(VENV)/ready: pyproject.toml constraints.txt
-	@echo "installing packages into $(VENV) (a few minutes the first time)"
+# What a reader needs, and nothing that compiles. The stamp is written last, so an interrupted
+# installation is taken up again; its name has Python's version, so another Python starts anew.
+$(READY): pyproject.toml constraints.txt
+	@if test -x $(BIN)/python && test "$$($(BIN)/python -c '$(VERSION)')" != "$(PYVER)"; then \
+		echo "$(VENV) has another Python than $(PYTHON), which is $(PYVER): it is made anew"; rm -rf $(VENV); fi
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt \
-		-e '.[lab,test,browser]' \
-		| awk '/^(Collecting|Building|Installing|Successfully)/ {print "  " $$1 " " $$2; fflush()}'
+	@$(call install,lab)
+	@touch $@
+
+$(READY)-test: $(READY)
+	@$(call install,lab$(COMMA)test$(COMMA)browser)
 	@touch $@
 
 lab: setup ## set everything up and open JupyterLab at the start page
 	@$(BIN)/python -m lablib.lab.open
 
-test: setup lint unit labs ## everything that tests can tell: ruff, unit tests, every lab at the smoke tier
+test: lint unit labs ## everything that tests can tell: ruff, unit tests, every lab at the smoke tier
 
-lint: setup
+test-setup: setup $(READY)-test
+
+lint: test-setup
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
 
-unit: setup
+unit: test-setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope -q tests -m "not browser"
 
-labs: setup
+labs: test-setup
 	@LABLIB_TIER=smoke LABLIB_STATIC=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope -q \
 		--nbval-lax --nbval-cell-timeout=300 labs
 
-test-browser: setup ## drive JupyterLab in headless Chromium through every lab; screenshots under build/
-	@$(BIN)/python -m pytest -q tests/browser -m browser
+test-browser: test-setup ## drive JupyterLab in headless Chromium; ALL=1 through every lab; screenshots under build/
+	@$(BIN)/python -m pytest -n 2 --dist load --maxschedchunk 1 -q tests/browser -m browser
 
 verify: setup ## make verify LAB=101 [TIER=cpu]: run one lab headless at its tier
 	@$(BIN)/python -m lablib verify $(or $(LAB),$(error say which: make verify LAB=101)) $(if $(TIER),--tier $(TIER))
 
-coverage: setup ## write the README's table from data/results
+study: setup ## make study LAB=302: the runs of a paper's study that are missing
+	@$(BIN)/python -m lablib study $(or $(LAB),$(error say which: make study LAB=302))
+
+coverage: setup ## write the tables of what was measured
 	@$(BIN)/python -m lablib coverage
 
 doctor: setup ## what this machine can run

@@ -1,25 +1,45 @@
-"""`python -m lablib`: the catalogue, verification, the doctor, benchmarks and set-up."""
+"""`python -m lablib`: the catalogue, studies, verification, benchmarks and set-up."""
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from lablib.papers import UnknownPaper, paper, papers
-from lablib.paths import project_dir
+from lablib.evidence import tiers
+from lablib.papers import UnknownPaper, paper, themes
+from lablib.paths import cache_dir, project_dir
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. Expected failures print one sentence, no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal may lack the letters of a title
+            stream.reconfigure(errors="replace")
     options = _parser().parse_args(arguments)
     try:
         return options.run(options) or 0
-    except (UnknownPaper, FileNotFoundError, RuntimeError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
+    except OSError as error:
+        print(_sentence(error), file=sys.stderr)
+        return 2
+    except (UnknownPaper, RuntimeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _sentence(error: OSError) -> str:
+    """What went wrong with which file; for one in the cache, how to have the cache elsewhere."""
+    if error.filename is None:
+        return error.strerror or str(error)
+    elsewhere = Path(str(error.filename)).is_relative_to(cache_dir())
+    way_out = "; LABLIB_HOME can name another folder for the cache" if elsewhere else ""
+    return f"{error.filename}: {error.strerror}{way_out}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,62 +52,120 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     listing = command("papers", _papers, "the catalogue as a table, with status")
-    listing.add_argument("--theme", choices=sorted({found.theme for found in papers()}))
-    where = command("where", _where, "the six paths of a paper")
+    listing.add_argument("--theme", choices=list(themes()))
+    where = command("where", _where, "every place of a paper")
     where.add_argument("slug")
+    new = command("new", _new, "write the places of a paper that are missing")
+    new.add_argument("slug")
+    study = command("study", _study, "make the runs of a paper's study that are missing")
+    study.add_argument("slug")
+    study.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
+    study.add_argument("--executor", metavar="ADDRESS", help="of a Dask scheduler to run on")
+    study.add_argument("--shard", type=_shard, default=(1, 1), metavar="k/n", help="one of n parts")
+    study.add_argument("--tuning", action="store_true", help="make the tuning runs alone")
+    study.add_argument("--check", action="store_true", help="make nothing; 1 if something is wrong")
     verify = command("verify", _verify, "run a lab headless and write what it measured")
-    verify.add_argument("slug", help="slug or lab number")
-    verify.add_argument("--tier", choices=("smoke", "cpu", "gpu"))
+    verify.add_argument("slug", nargs="?", help="slug or lab number")
+    verify.add_argument("--tier", choices=tiers.TIERS)
     verify.add_argument("--save", action="store_true", help="store the outputs in the notebook")
-    coverage = command("coverage", _coverage, "write the README's table from data/results")
-    coverage.add_argument("--check", action="store_true", help="change nothing; 1 if stale")
+    verify.add_argument("--stale", action="store_true", help="every lab whose result is stale")
+    coverage = command("coverage", _coverage, "write the tables of what was measured")
+    coverage.add_argument("--check", action="store_true", help="change nothing; 1 if wrong")
     command("doctor", _doctor, "what this machine can run, and how to mend the rest")
     bench = command("bench", _bench, "time kernels, labs or training")
     bench.add_argument("what", nargs="?", choices=("kernels", "labs", "training"))
-    bench.add_argument("--tier", choices=("smoke", "cpu", "gpu"), help="of the labs")
+    bench.add_argument("--tier", choices=tiers.TIERS, help="of the labs")
     command("setup", _setup, "fetch the corpora and prepare the pretrained models")
     return parser
 
 
-def _papers(options: argparse.Namespace) -> None:
-    from lablib.lab.coverage import status
+def _shard(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part such as 2/8")
+    return int(part), int(parts)
 
-    rows = [found for found in papers() if options.theme in (None, found.theme)]
-    for found in rows:
+
+def _papers(options: argparse.Namespace) -> None:
+    from lablib.evidence.coverage import states
+
+    rows = [row for row in states() if options.theme in (None, row.paper.theme)]
+    for row in rows:
+        found = row.paper
         title = found.title if len(found.title) <= 70 else found.title[:69] + "…"
-        state = status(found)
-        print(f"{found.lab:>4}  {found.slug:28} {found.date[:4]}  {state:22} {title}")
+        print(f"{found.lab:>4}  {found.slug:28} {found.date[:4]}  {row.line:22} {title}")
     print(f"{len(rows)} papers")
 
 
 def _where(options: argparse.Namespace) -> None:
-    root = project_dir()
     for what, path in paper(options.slug).paths.items():
-        shown = path.relative_to(root) if root and root in path.parents else path
-        print(f"{what:10} {shown}{'' if path.exists() else '  (not there yet)'}")
+        print(f"{what:10} {_shown(path)}{'' if path.exists() else '  (not there yet)'}")
 
 
-def _verify(options: argparse.Namespace) -> None:
-    from lablib.lab import tiers
-    from lablib.lab.verify import budget_line, verify
+def _shown(path: Path) -> str:
+    root = project_dir()
+    return str(path.relative_to(root) if root and root in path.parents else path)
+
+
+def _new(options: argparse.Namespace) -> None:
+    from lablib.papers.scaffold import write_missing
+
+    written = write_missing(paper(options.slug))
+    print("\n".join(f"wrote {_shown(path)}" for path in written) or "nothing was missing")
+
+
+def _study(options: argparse.Namespace) -> int:
+    from lablib.evidence.studies import Study, dask_executor
+
+    study = Study(paper(options.slug))
+    if not study.exists:
+        raise FileNotFoundError(
+            f"{study.paper.slug} has no study: {_shown(study.paper.paths['study'])}"
+        )
+    if not options.check:
+        with dask_executor(options.executor) as executor:
+            study.make(
+                workers=options.workers,
+                executor=executor,
+                shard=options.shard,
+                points="TUNING" if options.tuning else "POINTS",
+                done=lambda row: print(f"{row['seconds']:7.1f} s  {row['point']}", flush=True),
+            )
+    if options.tuning or (options.shard != (1, 1) and not options.check):
+        return 0
+    found = study.problems()
+    for verdict in [] if found else study.verdicts():
+        print(f"{verdict.claim:32} {verdict.verdict:30} {verdict.summary}")
+    print("\n".join(found) if found else f"the study of {study.paper.slug} is whole and current")
+    return int(bool(found))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from lablib.evidence.coverage import states
+    from lablib.evidence.verify import budget_line, verify, verify_each
 
     tier = options.tier or tiers.current()
+    if options.stale:
+        rows = [row for row in states() if row.present and (row.result is None or row.stale)]
+        failed = verify_each([row.paper for row in rows], tier)
+        print(f"{len(rows)} labs were stale, {len(failed)} failed: {', '.join(failed) or 'none'}")
+        return int(bool(failed))
+    if not options.slug:
+        raise ValueError("say which lab, or --stale for every lab whose result is stale")
     result = verify(paper(options.slug), tier, save=options.save)
     for claim in result["claims"]:
         print(f"{claim['claim']:32} {claim['verdict']:30} {claim['summary']}")
     print(budget_line(result["slug"], tier, result["seconds"], result["peak_gb"]))
+    return 0
 
 
 def _coverage(options: argparse.Namespace) -> int:
-    from lablib.lab.coverage import problems, update_readme
+    from lablib.evidence.coverage import problems, update
 
-    root = project_dir()
-    if root is None:
-        raise FileNotFoundError("coverage needs a checkout: the README is not in the wheel")
-    readme = root / "README.md"
     if not options.check:
-        print("README.md updated" if update_readme(readme) else "README.md was up to date")
-    found = problems(readme)
+        changed = update()
+        print("\n".join(f"{_shown(path)} updated" for path in changed) or "tables were up to date")
+    found = problems()
     print("\n".join(found) if found else "every result is current")
     return 1 if options.check and found else 0
 
@@ -103,11 +181,11 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from lablib import benchmarks
+    from lablib.bench import BENCHMARKS
 
     for what in [options.what] if options.what else ["kernels", "training", "labs"]:
         print(f"== {what}")
-        benchmarks.BENCHMARKS[what](options.tier)
+        BENCHMARKS[what](options.tier)
 
 
 def _setup(options: argparse.Namespace) -> None:

@@ -1,6 +1,5 @@
 """What this machine can run, and how to mend what is missing."""
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -8,7 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from lablib.files import scratch
 from lablib.paths import cache_dir
+from lablib.prepare import needed_steps
+from lablib.resources import memory_limit
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,17 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """Look at Python, packages, memory, disk, accelerator, corpora and models, in this order."""
+    """Look at Python, packages, memory, accelerator, disk, corpora and models, in this order."""
     yield from _python()
     yield from _packages()
     yield from _machine()
     yield from _accelerator()
+    try:
+        cache_dir()
+    except ValueError as error:  # LABLIB_HOME
+        yield Finding("fix", str(error))
+        return
+    yield from _disk()
     yield from _prepared()
 
 
@@ -54,30 +62,32 @@ def _packages() -> Iterator[Finding]:
 
 
 def _machine() -> Iterator[Finding]:
-    cores = os.cpu_count() or 1
-    memory = _memory_gb()
+    cores, memory = os.cpu_count() or 1, (memory_limit() or 0) / 1e9
     words = f"{cores} CPU cores" + (f", {memory:.1f} GB of memory" if memory else "")
     if memory and memory < 1.9:
         yield Finding("fix", words, "the cpu tier needs 2 GB: set LABLIB_TIER=smoke")
     else:
         yield Finding("ok" if cores > 1 else "note", words)
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache_dir()).free / 1e9
+
+
+def _disk() -> Iterator[Finding]:
+    cache = cache_dir()
+    try:
+        with scratch(cache / "doctor") as probe:
+            probe.touch()
+        free = shutil.disk_usage(cache).free / 1e9
+    except OSError as error:
+        what = f"the cache can't be written ({error})"
+        yield Finding("fix", what, "set LABLIB_HOME to a folder that can")
+        return
     state = "ok" if free > 2 else "fix"
     fix = "" if free > 2 else "set-up needs 2 GB: free some, or point LABLIB_HOME elsewhere"
-    folder = str(cache_dir()).replace(os.path.expanduser("~"), "~", 1)
+    folder = str(cache).replace(os.path.expanduser("~"), "~", 1)
     yield Finding(state, f"{free:.0f} GB free in {folder}", fix)
 
 
-def _memory_gb() -> float | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
 def _accelerator() -> Iterator[Finding]:
-    from lablib.lab.tiers import current, has_cuda
+    from lablib.evidence.tiers import current, has_cuda
 
     if has_cuda():
         import torch
@@ -92,21 +102,13 @@ def _accelerator() -> Iterator[Finding]:
 
 
 def _prepared() -> Iterator[Finding]:
-    from lablib.data import CORPORA
-
-    absent = [c.name for c in CORPORA.values() if not c.online and not c.path.is_file()]
-    if absent:
-        yield Finding("fix", f"corpora not fetched: {', '.join(absent)}", "python -m lablib setup")
-    else:
-        count = sum(not corpus.online for corpus in CORPORA.values())
-        yield Finding("ok", f"{count} corpora are ready")
-    if importlib.util.find_spec("torch"):
-        from lablib.models.weights import is_ready, local_names
-
-        missing = [name for name in local_names() if not is_ready(name)]
-        if missing:
-            yield Finding(
-                "fix", f"models not ready: {', '.join(missing)}", "python -m lablib setup"
-            )
-        else:
-            yield Finding("ok", f"models are ready: {', '.join(local_names())}")
+    """Corpora and models, absent, cut or ready: what the labs of `LABLIB_THEMES` need of them."""
+    try:
+        steps = needed_steps()
+    except ValueError as error:
+        yield Finding("fix", str(error))
+        return
+    if missing := [step.name for step in steps if not step.is_ready()]:
+        yield Finding("fix", f"not ready: {', '.join(missing)}", "python -m lablib setup")
+    if ready := [step.name for step in steps if step.name not in missing]:
+        yield Finding("ok", f"ready: {', '.join(ready)}")

@@ -19,8 +19,18 @@ def data_dir() -> Path:
 
 
 def cache_dir() -> Path:
-    """What set-up fetches and converts: `$LABLIB_HOME`, else the user's cache folder."""
-    home = os.environ.get("LABLIB_HOME")
-    if home:
-        return Path(home).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lablib"
+    """What set-up fetches and converts: `$LABLIB_HOME`, else the user's cache folder.
+
+    Raises ValueError for a relative LABLIB_HOME, which each lab, run in its own folder, would take
+    for another place.
+    """
+    if home := os.environ.get("LABLIB_HOME"):
+        path = Path(home).expanduser()
+        if not path.is_absolute():
+            raise ValueError(
+                f"LABLIB_HOME is {home!r}, another place from each folder that labs run in: "
+                f"give a whole path, such as {path.absolute()}"
+            )
+        return path
+    user = Path(os.environ.get("XDG_CACHE_HOME", ""))  # its standard: ignored when relative
+    return (user if user.is_absolute() else Path.home() / ".cache") / "lablib"

@@ -1,8 +1,10 @@
 """What this process takes of the machine: memory, and time by comparison."""
 
+import contextlib
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,33 @@ def _clock() -> float:
     if torch is not None and torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def memory_limit(
+    groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> int | None:
+    """Bytes of memory that this process may take: the machine's, or less in a container.
+
+    groups, own: where Linux lists control groups of processes, and this process's; None where
+    nobody tells.
+    """
+    limits = [int(text) for text in _group_limits(groups, own) if text.isdigit()]
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(limits, default=None)
+
+
+def _group_limits(groups: Path, own: Path) -> Iterator[str]:
+    """What is written as the limit of this process's group and of those around it."""
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, kinds, inside = line.split(":", 2)
+        if kinds in ("", "memory"):  # version 2 has one tree, version 1 one for memory
+            name = "memory.max" if not kinds else "memory.limit_in_bytes"
+            place = Path(inside.strip("/"))
+            for folder in (place, *place.parents):
+                file = groups / kinds / folder / name
+                if file.is_file():
+                    yield file.read_text().strip()
 
 
 def peak_memory() -> int | None:

@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from lablib import cli
-from lablib.lab import coverage
 from lablib.lab.open import command
 from lablib.papers import tomllib
 from lablib.paths import project_dir
@@ -27,7 +26,7 @@ def test_every_make_target_named_is_there():
     "line", sorted(set(re.findall(r"python -m lablib ([a-z][^`\n|]*)", README)))
 )
 def test_every_command_named_parses(line):
-    words = [re.sub("SLUG|LAB", "101", word) for word in re.sub(r"[\[\]]", "", line).split()]
+    words = [re.sub("SLUG|LAB", "101", word) for word in re.sub(r"[\[\]]|#.*", "", line).split()]
     assert cli._parser().parse_args(words).run
 
 
@@ -48,10 +47,6 @@ def test_pictures_and_links_into_the_project_are_there():
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
-def test_the_table_is_generated():
-    assert coverage.rendered(README) == README, "run `python -m lablib coverage`"
-
-
 def test_jupyter_is_on_loopback_with_its_token_on():
     line = command()
     assert line[0] == sys.executable and "--ip=127.0.0.1" in line
@@ -67,3 +62,19 @@ def test_the_examples_run(block, tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip()
+
+
+def test_the_moe_example_adds_what_its_routers_left():
+    (block,) = (
+        text for text in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "MoE(" in text
+    )
+    scope = {}
+    exec(block, scope)
+    router = scope["model"].blocks[0].mlp.router
+    assert scope["balance"].item() > 0
+    with_balance = router.weight.grad.clone()
+    scope["model"].zero_grad()
+    hidden = scope["model"].hidden_states(scope["tokens"][:, :-1])
+    weight, targets = scope["model"].head.weight, scope["tokens"][:, 1:]
+    scope["linear_cross_entropy"](hidden, weight, targets).backward()
+    assert not with_balance.allclose(router.weight.grad), "the balancing loss had no effect"

@@ -23,9 +23,11 @@ _PLACES = {
     "encode_documents": "tokenizers",
     "Batches": "batches",
     "sequential": "batches",
+    "Mixture": "mixtures",
+    "mixture": "mixtures",
     "TokenData": "module",
     "MarkovSource": "worlds",
 }
 
 __all__ = list(_PLACES)
-__getattr__ = lazy(__name__, _PLACES)
+__getattr__, __dir__ = lazy(__name__, _PLACES)

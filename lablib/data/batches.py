@@ -15,11 +15,12 @@ class Batches:
     shape (batch_size, length + 1) without end: inputs are [:, :-1], targets [:, 1:]. Rows overlap
     by the one token that is both a target and the next row's input. Each epoch the array is cut
     at another random offset. What follows depends on (seed, epoch, position) alone.
-    Raises ValueError when the array is too short for one batch.
+    Raises ValueError when the array is too short for one batch or holds no ids.
     """
 
     def __init__(self, tokens: Any, batch_size: int, length: int, seed: int = 0):
-        self.tokens = torch.as_tensor(np.asarray(tokens))
+        self.tokens = _ids(tokens)
+        _check_sizes(batch_size, length)
         self.batch_size, self.length, self.seed = batch_size, length, seed
         self.epoch = self.position = 0
         self.rows = (len(self.tokens) - 1) // length - 1
@@ -64,8 +65,32 @@ class Batches:
 
 
 def sequential(tokens: Any, batch_size: int, length: int) -> list[Tensor]:
-    """Every full row of `tokens` once, in order: what a held-out loss is computed on."""
-    tokens = torch.as_tensor(np.asarray(tokens)).long()
-    rows = (len(tokens) - 1) // length
-    table = tokens.unfold(0, length + 1, length)[:rows]
+    """Every full row of `tokens` once, in order: what a held-out loss is computed on.
+
+    tokens: (n,) integers. Returns int64 tensors (up to batch_size, length + 1); none when n is
+    below length + 1. Raises ValueError for what is no id and for sizes below 1.
+    """
+    tokens = _ids(tokens).long()
+    _check_sizes(batch_size, length)
+    if len(tokens) <= length:
+        return []
+    table = tokens.unfold(0, length + 1, length)  # (rows, length + 1), each begins where one ends
     return list(table.split(batch_size))
+
+
+def _ids(tokens: Any) -> Tensor:
+    """(n,) token ids as a tensor of integers."""
+    tokens = torch.as_tensor(np.asarray(tokens))
+    if tokens.ndim != 1:
+        raise ValueError(f"tokens are one long row of ids, not of shape {tuple(tokens.shape)}")
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        if len(tokens):
+            raise ValueError(f"tokens are integers, not {str(tokens.dtype).removeprefix('torch.')}")
+    elif len(tokens) and tokens.min() < 0:
+        raise ValueError(f"token {tokens.min().item()} is negative: ids count from 0")
+    return tokens
+
+
+def _check_sizes(batch_size: int, length: int) -> None:
+    if batch_size < 1 or length < 1:
+        raise ValueError(f"batch_size {batch_size} and length {length} must be 1 or more")

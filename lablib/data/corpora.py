@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import sysconfig
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from lablib.data.documents import Document, decode, read_documents
 from lablib.data.packages import DataError, fetch, members
-from lablib.files import atomic_write
+from lablib.files import alone, atomic_write, note_opened
 from lablib.paths import cache_dir
 
 
@@ -45,6 +46,23 @@ class Corpus:
         """Where set-up keeps its documents: one JSON a line."""
         version = "" if self.sha256 else f"-{sys.version_info.major}.{sys.version_info.minor}"
         return cache_dir() / "corpora" / f"{self.name}{version}.jsonl"
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its documents are in the cache, as many bytes as were written, and readable.
+
+        Told from the file's size, its first line and its last byte; nothing else is read.
+        """
+        try:
+            size, noted = self.path.stat().st_size, self.path.with_suffix(".size")
+            whole = int(noted.read_text()) == size if noted.exists() else self._plausible(size)
+            return whole and _begins_and_ends_well(self.path)
+        except (OSError, ValueError):
+            return False
+
+    def _plausible(self, size: int) -> bool:
+        """Of a file that was written before sizes were noted."""
+        return size > 0.7e6 * self.megabytes
 
 
 def _archive(corpus: Corpus) -> Path:
@@ -88,7 +106,8 @@ def _django(corpus: Corpus) -> Iterator[Document]:
 def _pairs_of_po(content: bytes) -> str:
     from babel.messages.pofile import read_po
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it thinks of plural forms
+    # It prints what it thinks of plural forms. `prepare` lets one thread at a time come here.
+    with contextlib.redirect_stdout(io.StringIO()):
         catalog = read_po(io.BytesIO(content))
     lines = []
     for message in catalog:
@@ -165,6 +184,8 @@ def _hub(corpus: Corpus) -> Iterator[Document]:
         raise DataError(
             f"{corpus.name} is on the Hugging Face hub: `pip install datasets` first."
         ) from None
+    from httpx import HTTPError
+
     repository, _, config = corpus.source.removeprefix("hub:").partition("#")
     try:
         rows = load_dataset(repository, config or None, split="train", streaming=True)
@@ -172,15 +193,25 @@ def _hub(corpus: Corpus) -> Iterator[Document]:
         for number, row in enumerate(rows):
             if budget <= 0:
                 break
-            if row["text"].strip():
-                budget -= len(row["text"])
-                yield Document(f"{number:07d}", row["text"])
-    except (OSError, ConnectionError) as error:
+            text = _text_of(row, f"row {number} of {corpus.source}")
+            if text.strip():
+                budget -= len(text)
+                yield Document(f"{number:07d}", text)
+    except (OSError, HTTPError) as error:
         offline = ", ".join(name for name, entry in CORPORA.items() if not entry.online)
         raise DataError(
             f"{corpus.name} can't be reached on the Hugging Face hub ({type(error).__name__}); "
             f"offline there are {offline}."
         ) from error
+
+
+def _text_of(row: dict, where: str) -> str:
+    if not isinstance(text := row.get("text"), str):
+        raise DataError(
+            f"{where} has {text!r} in the column 'text', where a text should be; "
+            f"its columns are {', '.join(row)}."
+        )
+    return text
 
 
 def _python(name: str, about: str, megabytes: float, read: Callable) -> Corpus:
@@ -280,24 +311,61 @@ def find(name: str) -> Corpus:
 
 
 def prepare(name: str) -> Path:
-    """Fetch a corpus and keep its documents in the cache; does nothing when they are there."""
+    """Fetch a corpus and keep its documents in the cache; does nothing when they are there.
+
+    A file that is cut, or no longer readable, is made again, with a warning.
+    """
     corpus = find(name)
-    if not corpus.path.is_file():
-        with atomic_write(corpus.path) as temporary:
-            with open(temporary, "w", encoding="utf-8") as file:
-                written = 0
-                for document in corpus.read(corpus):
-                    file.write(json.dumps(document, ensure_ascii=False) + "\n")
-                    written += 1
-            if not written:
-                raise DataError(f"{corpus.source} gave no document for {name}.")
+    if not corpus.is_ready:
+        with alone(corpus.path):
+            if not corpus.is_ready:
+                _write(corpus)
     return corpus.path
 
 
+def _write(corpus: Corpus) -> None:
+    if corpus.path.exists():
+        warnings.warn(f"{corpus.path} is cut or changed: it is made again", stacklevel=4)
+    with atomic_write(corpus.path) as temporary:
+        with open(temporary, "w", encoding="utf-8") as file:
+            written = 0
+            for document in corpus.read(corpus):
+                file.write(json.dumps(document, ensure_ascii=False) + "\n")
+                written += 1
+        if not written:
+            raise DataError(f"{corpus.source} gave no document for {corpus.name}.")
+        size = temporary.stat().st_size
+    with atomic_write(corpus.path.with_suffix(".size")) as temporary:
+        temporary.write_text(str(size))
+
+
+def _document(line: str | bytes) -> Document:
+    """Raises ValueError for a line that holds none."""
+    name, text = json.loads(line)
+    return Document(name, text)
+
+
+def _begins_and_ends_well(path: Path) -> bool:
+    with open(path, "rb") as file:
+        _document(file.readline())
+        file.seek(-1, io.SEEK_END)
+        return file.read() == b"\n"
+
+
 @lru_cache(maxsize=2)
-def _load(path: Path) -> tuple[Document, ...]:
+def _load(path: Path, changed: int) -> tuple[Document, ...]:
+    """Documents of a file that was last changed at a time, so that no old text is kept."""
+    documents = []
     with open(path, encoding="utf-8") as file:
-        return tuple(Document(*json.loads(line)) for line in file)
+        for number, line in enumerate(file, start=1):
+            try:
+                documents.append(_document(line))
+            except ValueError:
+                raise DataError(
+                    f"line {number} of {path} is no document: remove the file and run "
+                    "`python -m lablib setup`."
+                ) from None
+    return tuple(documents)
 
 
 def load(name: str | Path) -> list[Document]:
@@ -306,6 +374,8 @@ def load(name: str | Path) -> list[Document]:
     name: of the registry (`CORPORA`), or the path of a text file or of a folder of `*.txt`.
     Raises DataError: unknown name, nothing to fetch it with, wrong hash, empty, not UTF-8.
     """
-    if str(name) not in CORPORA and Path(name).exists():
+    if str(name) not in CORPORA and name != "" and Path(name).exists():
         return read_documents(name)
-    return list(_load(prepare(str(name))))
+    path = prepare(str(name))
+    note_opened(f"corpus {name}", path)
+    return list(_load(path, path.stat().st_mtime_ns))

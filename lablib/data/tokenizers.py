@@ -47,10 +47,12 @@ class LetterTokenizer:
 class BPETokenizer:
     """Byte-level byte-pair encoding (Sennrich et al., 2016), kept by the `tokenizers` package.
 
-    `END_OF_TEXT` is one token and stands for both the start and the end of a text.
+    `END_OF_TEXT` is one token and stands for both the start and the end of a text; where a text has
+    these letters, they are letters.
     """
 
     def __init__(self, tokenizer):
+        tokenizer.encode_special_tokens = True  # as text, that is; `save` does not keep it
         self.tokenizer = tokenizer
         self.vocab_size = tokenizer.get_vocab_size()
         self.bos = self.eos = tokenizer.token_to_id(END_OF_TEXT)
@@ -85,20 +87,25 @@ class BPETokenizer:
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast(
-            tokenizer_object=self.tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
+            tokenizer_object=self.tokenizer,
+            bos_token=END_OF_TEXT,
+            eos_token=END_OF_TEXT,
+            split_special_tokens=True,
         )
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """A byte-level BPE of at most `vocab_size` tokens (at least 257: the bytes and the end token).
 
-    Raises ValueError when vocab_size is below 257 or there is no text.
+    Raises ValueError when vocab_size is below 257 or above a million, or there is no text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     texts = list(texts)
     if vocab_size < 257:
         raise ValueError(f"vocab_size {vocab_size} is below 257, the bytes and the end token")
+    if vocab_size > 1_000_000:  # the library sets room for all of them aside before it begins
+        raise ValueError(f"vocab_size {vocab_size} is above a million")
     if not any(texts):
         raise ValueError("there is no text to train a tokenizer on")
     tokenizer = Tokenizer(models.BPE())

@@ -2,8 +2,9 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from lablib.exercises import Exercise
+from lablib.exercises import Exercise, Wrong, expect
 
 
 def _equal_density(n_dense: int, n_layers: int, always: float, skippable: float) -> float:
@@ -13,21 +14,32 @@ def _equal_density(n_dense: int, n_layers: int, always: float, skippable: float)
 def _test_equal_density(candidate) -> None:
     random = np.random.default_rng()
     n_dense, always = int(random.integers(2, 7)), float(random.uniform(1, 3))
-    n_layers, skippable = 2 * n_dense, float(random.uniform(8, 12))
-    found = float(candidate(n_dense, n_layers, always, skippable))
-    dense = n_dense * (always + skippable)
-    cost = n_layers * (always + found * skippable)
-    assert abs(found - n_dense / n_layers) > 1e-9, (
-        f"{found:.3f} is the ratio of layers: with it the routed model costs {cost:.1f}, the dense "
-        f"one {dense:.1f}. Keys and values are made in all {n_layers} layers, whoever skips"
+    n_layers, skippable = (
+        n_dense + int(random.integers(1, n_dense + 1)),
+        float(random.uniform(8, 12)),
     )
-    assert abs(cost - dense) < 1e-6 * dense, (
-        f"at density {found:.3f} the routed model costs {n_layers} x ({always:.2f} + {found:.3f} x "
-        f"{skippable:.2f}) = {cost:.2f}, the dense one {dense:.2f}"
-    )
+    wanted = _equal_density(n_dense, n_layers, always, skippable)
+    expect(
+        candidate(n_dense, n_layers, always, skippable),
+        wanted,
+        f"The dense model costs {n_dense} x ({always:.2f} + {skippable:.2f}), the routed one "
+        f"{n_layers} x ({always:.2f} + density x {skippable:.2f})",
+        known=[(n_dense / n_layers, f"that is the ratio of layers; but keys and values are made in "
+                f"all {n_layers} layers, whoever skips: {always:.2f} a layer")],
+    )  # fmt: skip
 
 
-def _straight_through(margin: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+equal_density = Exercise(
+    reference=_equal_density,
+    test=_test_equal_density,
+    question="With how many routed layers is no density low enough, because `always` takes it all?",
+    hint="Write down what each model costs a token, set the two equal, solve for the density.",
+    minutes=5,
+    difficulty="easy",
+)
+
+
+def _straight_through(margin: Tensor, noise: Tensor) -> Tensor:
     soft = (margin + noise).sigmoid()
     hard = (soft > 0.5).float()
     return hard + soft - soft.detach()
@@ -36,26 +48,39 @@ def _straight_through(margin: torch.Tensor, noise: torch.Tensor) -> torch.Tensor
 def _test_straight_through(candidate) -> None:
     margin, noise = torch.randn(2, 64)
     margin.requires_grad_()
-    gate = candidate(margin, noise)
-    hard = (margin + noise > 0).float()
-    off = (gate - hard).abs().max().item()
-    assert off < 1e-5, (
-        f"forward, the gate is 1 where margin + noise > 0 and else 0; yours is off by {off:.2f}"
+    gate, soft = candidate(margin, noise), (margin + noise).sigmoid().detach()
+    expect(
+        gate,
+        (margin + noise > 0).float(),
+        "Forward, the gate is 1 where margin + noise is above 0 and else 0",
+        known=[(soft, "that is the soft gate; forward, the gate is 1 or 0")],
+        atol=1e-5,
     )
-    assert gate.requires_grad, (
-        "no gradient reaches the margin: a comparison has none, so add something that is zero "
-        "forward and has the soft gate's gradient"
+    found = None
+    if gate.requires_grad:
+        (found,) = torch.autograd.grad(gate.sum(), margin, allow_unused=True)
+    if found is None:
+        raise Wrong(
+            "no gradient reaches the margin: a comparison has none, so add something that is zero "
+            "forward and has the soft gate's gradient"
+        )
+    slope = (
+        "That is the gradient; backward, the gate is s = sigmoid(margin + noise): slope s (1 - s)"
     )
-    (found,) = torch.autograd.grad(gate.sum(), margin)
-    soft = (margin + noise).sigmoid().detach()
-    expected = soft * (1 - soft)
-    assert torch.allclose(found, expected, atol=1e-5), (
-        "backward, the gate is sigmoid(margin + noise), whose slope is s (1 - s): at the first "
-        f"token {expected[0]:.3f}, yours has {found[0]:.3f}"
-    )
+    expect(found, soft * (1 - soft), slope, atol=1e-5)
 
 
-def _skip_layer(x: torch.Tensor, mask: torch.Tensor, layer) -> torch.Tensor:
+straight_through = Exercise(
+    reference=_straight_through,
+    test=_test_straight_through,
+    question="Far below the threshold the gradient is almost 0: what if a layer skips all tokens?",
+    hint="`soft - soft.detach()` is zero and has soft's gradient.",
+    minutes=8,
+    difficulty="medium",
+)
+
+
+def _skip_layer(x: Tensor, mask: Tensor, layer) -> Tensor:
     y = x.clone()
     y[mask] = layer(x[mask])
     return y
@@ -70,23 +95,27 @@ def _test_skip_layer(candidate) -> None:
         seen.append(len(rows))
         return rows @ weight + rows
 
-    before = x.clone()
-    found, kept = candidate(x, mask, layer), int(mask.sum())
-    assert found.shape == x.shape, (
-        f"all 12 tokens go on to the next layer: shape (12, 4), yours is {tuple(found.shape)}"
+    everywhere = x @ weight + x
+    expect(
+        candidate(x, mask, layer),
+        torch.where(mask[:, None], everywhere, x),
+        f"mask is {mask.int().tolist()}: a row with 0 leaves as it came, a row with 1 as layer "
+        "gives it, each in its own place",
+        known=[(everywhere, "a token that skips the layer must leave it as it came")],
+        atol=1e-5,
     )
-    assert torch.equal(x, before), "x was changed in place; the caller still needs it"
-    assert torch.equal(found[~mask], x[~mask]), (
-        "a token that skips the layer must leave it as it came"
-    )
-    assert torch.allclose(found[mask], x[mask] @ weight + x[mask], atol=1e-5), (
-        "kept tokens must come out as layer(x) gives them, each in its own place"
-    )
-    assert sum(seen) == kept, (
-        f"the layer computed {sum(seen)} rows, but only {kept} run it: skipping has saved nothing"
-    )
+    if sum(seen) != mask.sum():
+        raise Wrong(
+            f"the layer computed {sum(seen)} rows, but only {int(mask.sum())} run it: skipping has "
+            "saved nothing"
+        )
 
 
-equal_density = Exercise(reference=_equal_density, test=_test_equal_density)
-straight_through = Exercise(reference=_straight_through, test=_test_straight_through)
-skip_layer = Exercise(reference=_skip_layer, test=_test_skip_layer)
+skip_layer = Exercise(
+    reference=_skip_layer,
+    test=_test_skip_layer,
+    question="Attention's keys and values of skipped tokens are still needed: what does that cost?",
+    hint="`x[mask]` gathers the rows that run, and assigning to `y[mask]` puts them back.",
+    minutes=10,
+    difficulty="open",
+)

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from lablib.exercises import Exercise
-from lablib.theory import markov_chains as mc
+from lablib.exercises import Exercise, Wrong, expect, same_kind
 
 
 def _n_states(vocabulary: int, context: int) -> int:
@@ -12,13 +11,31 @@ def _n_states(vocabulary: int, context: int) -> int:
 
 def _test_n_states(candidate) -> None:
     random = np.random.default_rng()
-    vocabulary, context = (int(value) for value in random.integers(2, 7, size=2))
-    found, expected = candidate(vocabulary, context), _n_states(vocabulary, context)
-    assert found != vocabulary**context, (
-        f"{found} counts full contexts alone; prompts shorter than K = {context} are states, too"
-    )
-    assert found != expected + 1, "the empty sequence is no state: a model needs one token at least"
-    assert found == expected, f"T = {vocabulary}, K = {context}: expected {expected}, not {found}"
+    for vocabulary in random.permutation(np.arange(2, 7)).tolist()[:3]:
+        context = int(random.integers(2, 7))
+        wanted = _n_states(vocabulary, context)
+        only = (
+            f"that counts full contexts alone; prompts shorter than K = {context} are states, too"
+        )
+        expect(
+            candidate(vocabulary, context),
+            wanted,
+            f"T = {vocabulary}, K = {context}: a state is a sequence of 1 to K tokens",
+            known=[
+                (vocabulary**context, only),
+                (wanted + 1, "the empty sequence is no state: a model needs one token at least"),
+            ],
+        )
+
+
+n_states = Exercise(
+    reference=_n_states,
+    test=_test_n_states,
+    question="Which of these states can a text come back to once it is longer than the context?",
+    hint="How many sequences of exactly one token are there, of exactly two, ..., of exactly K?",
+    minutes=3,
+    difficulty="easy",
+)
 
 
 def _stationary(matrix: np.ndarray) -> np.ndarray:
@@ -30,34 +47,54 @@ def _stationary(matrix: np.ndarray) -> np.ndarray:
 
 def _test_stationary(candidate) -> None:
     matrix = np.random.default_rng().dirichlet(np.ones(4), size=4)
-    found = np.asarray(candidate(matrix.copy()), float)
-    assert found.shape == (4,), f"one share a state: shape (4,), yours is {found.shape}"
-    assert abs(found.sum() - 1) < 1e-6, f"shares sum to 1; yours sum to {found.sum():.3f}"
-    after = found @ matrix
-    assert np.abs(after - found).max() < 1e-6, (
-        f"one step changes yours from {found.round(3)} to {after.round(3)}; the stationary one "
-        "stays. Rows are where you come from, so a step is share @ matrix"
+    found, wanted = candidate(matrix), _stationary(matrix)
+    same_kind(found, wanted)
+    if abs(found.sum() - 1) > 1e-6:
+        raise Wrong(f"shares sum to 1; yours sum to {found.sum():.3f}")
+    expect(
+        found,
+        wanted,
+        f"One step changes yours from {found.round(3)} to {(found @ matrix).round(3)}; the "
+        "stationary one stays. Rows are where you come from, so a step is share @ matrix",
     )
+
+
+stationary = Exercise(
+    reference=_stationary,
+    test=_test_stationary,
+    question="On which matrix of two states does repeating the step never settle, and why?",
+    hint="Start with equal shares, take the step share @ matrix, and take it again until it stays.",
+    minutes=6,
+    difficulty="medium",
+)
 
 
 def _predict_next(prompt: np.ndarray, size: int) -> np.ndarray:
-    return mc.frequency_predictions(np.asarray(prompt)[None], size)[0, -1]
+    before, after = prompt[:-1], prompt[1:]
+    counts = np.bincount(after[before == prompt[-1]], minlength=size) + 1
+    return counts / counts.sum()
 
 
 def _test_predict_next(candidate) -> None:
-    fresh = np.asarray(candidate(np.array([0, 1]), 3), float)
-    assert np.allclose(fresh, 1 / 3), (
-        f"nothing has followed 1 yet, so add-one smoothing says 1/3 each; yours says {fresh}"
-    )
-    prompt = np.random.default_rng().integers(0, 3, size=40)
-    found, expected = np.asarray(candidate(prompt, 3), float), _predict_next(prompt, 3)
-    assert abs(found.sum() - 1) < 1e-9, f"probabilities sum to 1; yours sum to {found.sum():.3f}"
-    assert np.allclose(found, expected), (
-        f"after {prompt[-1]}: expected {expected.round(3)}, yours gives {found.round(3)}; count "
-        "only what followed earlier occurrences of the last symbol, then add one to each count"
+    nothing = "Nothing has followed 1 yet, so add-one smoothing gives each symbol the same"
+    expect(candidate(np.array([0, 1]), 3), np.full(3, 1 / 3), nothing)
+    random = np.random.default_rng()
+    prompt = random.integers(0, 3, size=40)
+    prompt[:3] = prompt[-1], (prompt[-1] + 1) % 3, prompt[-1]
+    expect(
+        candidate(prompt, 3),
+        _predict_next(prompt, 3),
+        f"That is after {prompt[-1]}: count only what followed its earlier occurrences, then add "
+        "one to each count",
+        known=[(np.full(3, 1 / 3), "equal shares are right for an empty prompt alone")],
     )
 
 
-n_states = Exercise(reference=_n_states, test=_test_n_states)
-stationary = Exercise(reference=_stationary, test=_test_stationary)
-predict_next = Exercise(reference=_predict_next, test=_test_predict_next)
+predict_next = Exercise(
+    reference=_predict_next,
+    test=_test_predict_next,
+    question="Which number in place of one would be better if you knew that rows are peaked?",
+    hint="Where in prompt[:-1] does the last symbol occur, and what stands one place after it?",
+    minutes=10,
+    difficulty="open",
+)

@@ -1,8 +1,8 @@
-"""Exercises of lab 101: discounts, interpolation weights, and a cache that forgets nothing."""
+"""Exercises of lab 101: discounts, interpolation weights, and a cache."""
 
 import numpy as np
 
-from lablib.exercises import Exercise
+from lablib.exercises import Exercise, Wrong, expect, same_kind
 
 
 def _discounts(counts):
@@ -11,25 +11,29 @@ def _discounts(counts):
     return tuple(k - (k + 1) * y * n[k + 1] / n[k] for k in (1, 2, 3))
 
 
-def _test_discounts(candidate):
-    rng = np.random.default_rng()
+def _test_discounts(candidate) -> None:
+    random = np.random.default_rng()
     for _ in range(5):
         # Geometric counts have all of n1 to n4, falling as real counts of counts do.
-        counts = rng.geometric(rng.uniform(0.35, 0.6), size=400).tolist() + [1, 2, 3, 4]
-        found, wanted = candidate(list(counts)), _discounts(counts)
-        assert np.shape(found) == (3,), (
-            f"return the three discounts (D1, D2, D3+); yours has shape {np.shape(found)}"
-        )
+        counts = random.geometric(random.uniform(0.35, 0.6), size=400).tolist() + [1, 2, 3, 4]
         n = [counts.count(k) for k in range(1, 5)]
-        for k, (yours, right) in enumerate(zip(found, wanted, strict=True), 1):
-            assert abs(yours - right) < 1e-9, (
-                f"for n1..n4 = {n}, D{k} is {right:.4f}, yours {yours:.4f}: n_k is how many "
-                f"n-grams have the count k, and D{k} = {k} - {k + 1} Y n{k + 1} / n{k} with "
-                f"Y = n1 / (n1 + 2 n2) = {n[0] / (n[0] + 2 * n[1]):.4f}"
-            )
+        expect(
+            candidate(counts),
+            _discounts(counts),
+            f"n1 to n4, how many n-grams have each count, are {n}; with Y = n1 / (n1 + 2 n2) = "
+            f"{n[0] / (n[0] + 2 * n[1]):.4f}, Dk is k - (k + 1) Y n(k+1) / nk",
+            atol=1e-9,
+        )
 
 
-discounts = Exercise(_discounts, _test_discounts)
+discounts = Exercise(
+    reference=_discounts,
+    test=_test_discounts,
+    question="Which discount grows when a text has fewer n-grams that occur just once, and why?",
+    hint="First count how many of the counts are 1, 2, 3 and 4; the rest is the formula.",
+    minutes=5,
+    difficulty="easy",
+)
 
 
 def _em_step(logprobs, weights):
@@ -37,29 +41,36 @@ def _em_step(logprobs, weights):
     return (owed / owed.sum(0)).mean(1)
 
 
-def _test_em_step(candidate):
-    rng = np.random.default_rng()
+def _test_em_step(candidate) -> None:
+    random = np.random.default_rng()
     for models, words in ((2, 40), (3, 200), (4, 7)):
-        logprobs = np.log(rng.uniform(1e-4, 0.5, (models, words)))
-        weights = rng.dirichlet(np.ones(models))
-        found = np.asarray(candidate(logprobs.copy(), weights.copy()), dtype=float)
-        assert found.shape == (models,), (
-            f"one weight a model: {models} of them; yours has shape {found.shape}"
-        )
-        assert abs(found.sum() - 1) < 1e-9, (
-            f"weights must sum to 1; yours sum to {found.sum():.4f}. Divide each word's shares by "
-            "their own sum before you average over words"
-        )
-        wanted = _em_step(logprobs, weights)
-        worst = int(np.abs(found - wanted).argmax())
-        assert np.allclose(found, wanted, atol=1e-9), (
-            f"model {worst} should get {wanted[worst]:.4f}, yours {found[worst]:.4f}: a word's "
-            "share for model i is weight_i p_i(word) over its sum over all models; the step is the "
-            "mean share. Mind that logprobs are logarithms"
+        logprobs = np.log(random.uniform(1e-4, 0.5, (models, words)))
+        weights = random.dirichlet(np.ones(models))
+        found, wanted = candidate(logprobs, weights), _em_step(logprobs, weights)
+        same_kind(found, wanted)
+        if abs(found.sum() - 1) > 1e-9:
+            raise Wrong(
+                f"weights must sum to 1; yours sum to {found.sum():.4f}. Divide each word's shares "
+                "by their own sum before you average over words"
+            )
+        expect(
+            found,
+            wanted,
+            "A word's share for model i is weight_i p_i(word) over its sum over all models; the "
+            "step is the mean share. Mind that logprobs are logarithms",
+            known=[(weights, "those are the weights that came in")],
+            atol=1e-9,
         )
 
 
-em_step = Exercise(_em_step, _test_em_step)
+em_step = Exercise(
+    reference=_em_step,
+    test=_test_em_step,
+    question="What does a model's weight become if it starts at 0, and is that what you want?",
+    hint="Weigh each model's probability of a word, normalize over models, average over words.",
+    minutes=8,
+    difficulty="medium",
+)
 
 
 def _cached(logprobs, words, weight=0.1, window=200, size=10_000):
@@ -71,28 +82,32 @@ def _cached(logprobs, words, weight=0.1, window=200, size=10_000):
     return made
 
 
-def _test_cached(candidate):
-    rng = np.random.default_rng()
-    words = [f"w{i}" for i in rng.zipf(1.5, 60) % 9]
-    logprobs = np.log(rng.uniform(0.01, 0.4, len(words)))
+def _test_cached(candidate) -> None:
+    random = np.random.default_rng()
+    words = [f"w{i}" for i in random.zipf(1.5, 60) % 9]
+    logprobs = np.log(random.uniform(0.01, 0.4, len(words)))
     for weight, window in ((0.1, 10), (0.4, 5), (0.0, 7)):
-        found = np.asarray(candidate(logprobs, list(words), weight, window, 9), dtype=float)
-        assert found.shape == logprobs.shape, (
-            f"one log-probability a word: {logprobs.shape}; yours has shape {found.shape}"
-        )
+        found = candidate(logprobs, words, weight, window, 9)
         wanted = _cached(logprobs, words, weight, window, 9)
-        off = np.flatnonzero(~np.isclose(found, wanted, atol=1e-9))
-        at = int(off[0]) if len(off) else 0
-        why = (
-            "nothing was said yet, so the cache is uniform, 1 / size"
-            if at == 0
-            else f"the cache may look at words {max(0, at - window)} to {at - 1} only, never at "
-            "the word it predicts, and gives each its share of them"
-        )
-        assert not len(off), (
-            f"word {at} ({words[at]!r}, window {window}, weight {weight}) should get "
-            f"{wanted[at]:.4f}, yours {found[at]:.4f}: {why}"
+        same_kind(found, wanted)
+        setting = f"the first word (window {window}, weight {weight}): "
+        start = "Nothing was said yet, so the cache is uniform, 1 / size"
+        if abs(found[0] - wanted[0]) > 1e-9:
+            raise Wrong(f"{setting}expected {wanted[0]:.4f}, yours {found[0]:.4f}. {start}")
+        expect(
+            found,
+            wanted,
+            f"With a window of {window} the cache for word i looks at words i - {window} to i - 1, "
+            f"never at word i, and mixes in their shares with weight {weight}",
+            atol=1e-9,
         )
 
 
-cached = Exercise(_cached, _test_cached)
+cached = Exercise(
+    reference=_cached,
+    test=_test_cached,
+    question="Why would a cache help less on sentences in shuffled order than on whole documents?",
+    hint="Mix probabilities, not logarithms: log((1 - weight) * exp(logprob) + weight * share).",
+    minutes=15,
+    difficulty="open",
+)

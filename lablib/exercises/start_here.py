@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lablib.exercises import Exercise
+from lablib.exercises import Exercise, expect
 from lablib.language_models.bigram import bits as _bits
 
 
@@ -11,33 +11,55 @@ def _perplexity(bits: float) -> float:
 
 
 def _test_perplexity(candidate) -> None:
-    assert abs(candidate(0.0) - 1) < 1e-9, (
-        f"at 0 bits nothing is uncertain, so the perplexity is 1; yours is {candidate(0.0)}"
+    random = np.random.default_rng()
+    expect(candidate(0.0), 1.0, "At 0 bits nothing is uncertain: there is one choice")
+    choices = int(random.integers(3, 50))
+    bits = float(np.log2(choices))
+    expect(
+        candidate(bits),
+        float(choices),
+        f"{choices} equally likely characters cost log2({choices}) = {bits:.3f} bits",
+        known=[(np.exp(bits), "bits are logarithms to base 2, yours raises e")],
     )
-    choices = int(np.random.default_rng().integers(3, 50))
-    found = candidate(float(np.log2(choices)))
-    assert abs(found - choices) < 1e-6, (
-        f"{choices} equally likely characters cost log2({choices}) = {np.log2(choices):.3f} bits, "
-        f"and their perplexity is {choices}; yours is {found:.3f}"
+    bits = float(random.uniform(1.1, 4.9))
+    expect(
+        candidate(bits), 2.0**bits, f"That is for {bits:.3f} bits; a perplexity need not be whole"
     )
+
+
+perplexity = Exercise(
+    reference=_perplexity,
+    test=_test_perplexity,
+    question="A model saves one more bit a character: what happens to its perplexity?",
+    hint="n equally likely choices cost log2(n) bits. Turn that around.",
+    minutes=2,
+    difficulty="easy",
+)
 
 
 def _test_bits(candidate) -> None:
     random = np.random.default_rng()
     table = random.integers(0, 20, size=(4, 4))
     model = random.dirichlet(np.ones(4), size=4)
-    found, expected = candidate(table, model), _bits(table, model)
-    nats = expected * np.log(2)
-    assert abs(found - nats) > 1e-6, "that is in nats: bits take the logarithm to base 2"
-    assert abs(found + expected) > 1e-6, "a cost is positive: the logarithm of a probability is not"
-    assert abs(found / max(table.sum(), 1) - expected) > 1e-6, (
-        "that is the total: divide by the number of pairs for bits a character"
-    )
-    assert abs(found - expected) < 1e-6, (
-        f"expected {expected:.4f} bits, yours gives {found:.4f}: each pair's -log2 probability "
-        "counts as often as the pair occurs, so weigh by table / table.sum()"
+    wanted = float(_bits(table, model))
+    expect(
+        candidate(table, model),
+        wanted,
+        "Each pair's -log2 probability counts as often as the pair occurs: weigh by its share of "
+        "table.sum()",
+        known=[
+            (wanted * np.log(2), "that is in nats: bits take the logarithm to base 2"),
+            (-wanted, "a cost is positive: the logarithm of a probability is not"),
+            (wanted * table.sum(), "that is the total: divide by the number of pairs"),
+        ],
     )
 
 
-perplexity = Exercise(reference=_perplexity, test=_test_perplexity)
-bits = Exercise(reference=_bits, test=_test_bits)
+bits = Exercise(
+    reference=_bits,
+    test=_test_bits,
+    question="Which model pays the fewest bits on a given table, and what is that number called?",
+    hint="The mean over all pairs of the text: the sum of table * -log2(model), by how many pairs?",
+    minutes=5,
+    difficulty="medium",
+)

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lablib.experts.moe import Assignments, Experts, FeedForwardExperts, SwiGLUExperts, moe_layers
+from lablib.experts.moe import Experts, FeedForwardExperts, SwiGLUExperts, moe_layers
+from lablib.experts.routing import Assignments
 from lablib.kernels import merge_tokens
 
 
@@ -37,9 +38,10 @@ class ParallelExperts(Experts):
     """
 
     def __init__(self, local: Experts, group: dist.ProcessGroup | None = None):
-        super().__init__()
-        self.local, self.group = local, group or dist.group.WORLD
-        self.processes = dist.get_world_size(self.group)
+        group = group or dist.group.WORLD
+        processes = dist.get_world_size(group)
+        super().__init__(processes * local.n_experts)
+        self.local, self.group, self.processes = local, group, processes
         for parameter in local.parameters():
             parameter.process_group = self.group
             parameter.register_hook(lambda grad: grad / self.processes)
@@ -61,27 +63,25 @@ class ParallelExperts(Experts):
         out = self.local(rows.index_select(0, order), received.sum(0))
         return torch.empty_like(out).index_copy(0, order, out)
 
-    def mean_counts(self, counts: Tensor) -> Tensor:
-        total = counts.float()
-        dist.all_reduce(total, group=self.group)
-        return total / self.processes
-
 
 def parallelize(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Keep only this process's share of the experts in every MoE layer of the model, in place.
 
-    Every process calls it with the same model. Raises ValueError when a layer's number of experts
-    is not a multiple of the number of processes, TypeError for experts that can't be split.
+    Their routers balance the tokens of all processes as one batch. Every process calls it with the
+    same model. Raises ValueError when a layer's number of experts is not a multiple of the number
+    of processes, TypeError for experts that can't be split.
     """
     group = group or dist.group.WORLD
     rank, processes = dist.get_rank(group), dist.get_world_size(group)
     for name, layer in moe_layers(model).items():
-        if layer.n_experts % processes:
-            raise ValueError(f"{name}: {layer.n_experts} experts over {processes} processes")
-        if not isinstance(layer.experts, (FeedForwardExperts, SwiGLUExperts)):
-            raise TypeError(f"{name}: {type(layer.experts).__name__} can't be split over processes")
-        share = layer.n_experts // processes
+        experts = layer.experts
+        if experts.n_experts % processes:
+            raise ValueError(f"{name}: {experts.n_experts} experts over {processes} processes")
+        if not isinstance(experts, (FeedForwardExperts, SwiGLUExperts)):
+            raise TypeError(f"{name}: {type(experts).__name__} can't be split over processes")
+        share = experts.n_experts // processes
         mine = slice(rank * share, (rank + 1) * share)
-        for key, weight in list(layer.experts.named_parameters()):
-            setattr(layer.experts, key, nn.Parameter(weight.detach()[mine].clone()))
-        layer.experts = ParallelExperts(layer.experts, group)
+        for key, weight in list(experts.named_parameters()):
+            setattr(experts, key, nn.Parameter(weight.detach()[mine].clone()))
+        experts.n_experts = share
+        layer.experts, layer.router.group = ParallelExperts(experts, group), group

@@ -2,7 +2,8 @@
 
 One op, one folder: `naive.py` is the definition, `triton.py` the fast path on CUDA, and the
 folder's `__init__.py` the public function with its CPU path. All are registered with
-`torch.library`, so autograd, autocast and torch.compile see them.
+`torch.library`, so autograd, autocast and torch.compile see them. Forward-mode derivatives, and
+second derivatives that a fast path does not have, are those of the definition.
 """
 
 # Imported at once: a folder and its function share their name, and the function must win.

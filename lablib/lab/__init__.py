@@ -1,14 +1,13 @@
-"""What a notebook talks to: tier, header, claims, figures, widgets."""
+"""What a notebook talks to: header, figures, widgets, checks."""
 
 from lablib.lazy import lazy
 
 _PLACES = {
     "Lab": "runtime",
-    "explore": "widgets",
-    "predict": "widgets",
+    "explore": "explorer",
+    "predict": "guesses",
     "source": "code",
-    "check": "grading",
 }
 
 __all__ = [*_PLACES, "figures"]
-__getattr__ = lazy(__name__, _PLACES)
+__getattr__, __dir__ = lazy(__name__, _PLACES)

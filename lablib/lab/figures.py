@@ -1,31 +1,44 @@
-"""Figures in one template: colors that color-blind readers tell apart, in light and dark themes."""
+"""Figures in one template: colors that color-blind readers tell apart, on white in any theme."""
 
 import html
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import plotly.io as pio
-from IPython.display import Markdown, display
+from IPython.display import HTML, display
 
-from lablib.lab.intervals import interval
+from lablib.evidence.intervals import interval
+from lablib.lab.paint import INK, PALETTE, PAPER, key, painted
+from lablib.lab.ranges import fixed
 
-__all__ = ["PALETTE", "bars", "bundle", "figure", "interval", "key", "line", "painted", "show"]
+__all__ = [
+    "PALETTE",
+    "bars",
+    "bundle",
+    "differences",
+    "figure",
+    "fixed",
+    "interval",
+    "key",
+    "line",
+    "painted",
+    "paired",
+    "show",
+]
 
-# Okabe and Ito (2008), without black and yellow, which vanish in a dark or a light theme.
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#767676")
-_INK = "#808080"  # contrast of 4:1 with white and with JupyterLab's dark background
+PLOTLY = "application/vnd.plotly.v1+json"
 _AXIS = {"gridcolor": "rgba(128,128,128,.25)", "zerolinecolor": "rgba(128,128,128,.5)"}
 
 pio.templates["lablib"] = go.layout.Template(
     layout={
         "colorway": PALETTE,
-        "font": {"color": _INK, "size": 13},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"color": INK, "size": 13},
+        "paper_bgcolor": PAPER,
+        "plot_bgcolor": PAPER,
         "margin": {"l": 70, "r": 20, "t": 60, "b": 55},
         "title": {"x": 0.02, "xanchor": "left", "font": {"size": 15}},
         "legend": {"bgcolor": "rgba(0,0,0,0)"},
@@ -33,16 +46,14 @@ pio.templates["lablib"] = go.layout.Template(
         "xaxis": {**_AXIS, "automargin": True, "title": {"standoff": 8}},
         "yaxis": {**_AXIS, "automargin": True, "title": {"standoff": 8}},
         "colorscale": {"sequential": "Viridis", "diverging": "RdBu"},
-        "height": 400,
     }
 )
 
 
 def figure(title: str = "", x: str = "", y: str = "", **layout: Any) -> go.Figure:
     """An empty figure in lablib's template. x, y: the axes' names, with units."""
-    made = go.Figure()
-    made.update_layout(template="lablib", title_text=title, xaxis_title=x, yaxis_title=y, **layout)
-    return made
+    layout = {"title_text": title, "xaxis_title": x, "yaxis_title": y, "height": 400} | layout
+    return go.Figure().update_layout(template="lablib", **layout)
 
 
 def line(fig: go.Figure, x: Sequence, runs: Any, name: str, **style: Any) -> go.Figure:
@@ -66,14 +77,84 @@ def line(fig: go.Figure, x: Sequence, runs: Any, name: str, **style: Any) -> go.
 
 
 def bars(fig: go.Figure, names: Sequence[str], runs: Any, **style: Any) -> go.Figure:
-    """Add one bar a name: mean and 95 % interval of its row of `runs` (len(names), seeds)."""
+    """Add one bar a name: mean and 95 % interval of its row of `runs` (len(names), seeds).
+
+    The mean stands under the bar's name, where no whisker strikes it through.
+    """
     rows = [interval(row) for row in np.atleast_2d(np.asarray(runs, dtype=float))]
     half = [high - mean if np.isfinite(high) else 0 for mean, _, high in rows]
     colors = [PALETTE[place % len(PALETTE)] for place in range(len(names))]
-    style = {"marker_color": colors, "showlegend": False, "texttemplate": "%{y:.3g}"} | style
-    error = {"array": half, "color": _INK, "thickness": 1.5}
-    fig.add_bar(x=list(names), y=[mean for mean, _, _ in rows], error_y=error, **style)
+    style = {"marker_color": colors, "showlegend": False} | style
+    error = {"array": half, "color": INK, "thickness": 1.5}
+    under = [f"{name}<br>{mean:.3g}" for name, (mean, _, _) in zip(names, rows, strict=True)]
+    fig.add_bar(x=under, y=[mean for mean, _, _ in rows], error_y=error, **style)
     return fig
+
+
+def paired(
+    method: Sequence[float],
+    baseline: Sequence[float],
+    names: tuple[str, str] = ("method", "baseline"),
+    unit: str = "",
+    better: str = "lower",
+) -> go.Figure:
+    """Method against baseline, seed by seed: a point a seed, the mean and its 95 % interval.
+
+    method, baseline: (seeds,), the same seeds in the same order. unit: of both. better: whether a
+    "lower" or a "higher" difference speaks for the method. Raises ValueError when lengths differ.
+    """
+    ours, theirs = (np.asarray(runs, dtype=float) for runs in (method, baseline))
+    if ours.shape != theirs.shape:
+        raise ValueError(f"pairs need as many runs: {ours.shape} and {theirs.shape}")
+    fig = differences({names[0]: ours - theirs}, baseline=names[1], unit=unit, better=better)
+    return fig.update_layout(title_text=f"{names[0]} minus {names[1]}, seed by seed")
+
+
+def differences(
+    rows: Mapping[str, Sequence[float]],
+    *,
+    baseline: str = "baseline",
+    unit: str = "",
+    better: str = "lower",
+) -> go.Figure:
+    """Several methods against one baseline, a row each, as in `paired`.
+
+    rows: method -> its differences, method minus baseline, one a seed.
+    """
+    sides = {"lower": "← better", "higher": "better →"}
+    if better not in sides:
+        raise ValueError(f"better is {better!r}; it can be lower or higher")
+    name = f"minus {baseline}" + (f", {unit}" if unit else "")
+    fig = figure("Differences, seed by seed", x=f"{name} ({sides[better]})")
+    fig.update_layout(height=150 + 75 * len(rows), showlegend=False)
+    for place, values in enumerate(rows.values()):
+        _row(fig, place, np.asarray(values, dtype=float))
+    labels = [f"{name}<br>{_interval_text(values)}" for name, values in rows.items()]
+    fig.add_vline(x=0, line_color=INK, line_width=1.5)
+    fig.update_yaxes(tickvals=list(range(len(rows))), ticktext=labels, zeroline=False)
+    return fig.update_yaxes(range=[len(rows) - 0.5, -0.5], showgrid=False)
+
+
+def _row(fig: go.Figure, place: int, values: np.ndarray) -> None:
+    """Add one row of `differences`: seeds above and below each other, the mean between them."""
+    color = PALETTE[place % len(PALETTE)]
+    mean, _, high = interval(values)
+    heights = place + np.linspace(-0.3, 0.3, len(values)) if len(values) > 1 else [place]
+    seeds = {"size": 8, "color": color, "opacity": 0.5}
+    told = [f"run {run + 1}: {value:+.4g}<extra></extra>" for run, value in enumerate(values)]
+    fig.add_scatter(x=values, y=heights, mode="markers", marker=seeds, hovertemplate=told)
+    reach = {"array": [high - mean], "thickness": 2.5, "color": INK, "width": 7}
+    shape = {"size": 13, "symbol": "diamond", "color": color, "line": {"color": INK, "width": 1.5}}
+    whisker = reach if np.isfinite(high) else None
+    told = f"mean {_interval_text(values)}<extra></extra>"
+    fig.add_scatter(
+        x=[mean], y=[place], mode="markers", marker=shape, error_x=whisker, hovertemplate=told
+    )
+
+
+def _interval_text(values: Sequence[float]) -> str:
+    mean, low, high = interval(values)
+    return f"{mean:+.3g}" + (f" [{low:+.3g}, {high:+.3g}]" if np.isfinite(high) else "")
 
 
 def _faded(color: str, alpha: float = 0.2) -> str:
@@ -82,36 +163,18 @@ def _faded(color: str, alpha: float = 0.2) -> str:
 
 
 def bundle(fig: go.Figure, alt: str = "") -> dict[str, Any]:
-    """A figure as Jupyter's MIME bundle: Plotly's JSON, and its text alternative."""
-    alt = alt or (fig.layout.title.text or "figure")
-    return {"application/vnd.plotly.v1+json": json.loads(fig.to_json()), "text/plain": alt}
+    """A figure as Jupyter's MIME bundle: Plotly's JSON (on Colab its HTML), and a text alternative.
+
+    alt: the text; without it that in the figure's `layout.meta["alt"]`, else its title.
+    """
+    alt = alt or (fig.layout.meta or {}).get("alt") or fig.layout.title.text or "figure"
+    if "google.colab" in sys.modules:
+        return pio.renderers["colab"].to_mimebundle(fig.to_dict()) | {"text/plain": alt}
+    return {PLOTLY: json.loads(fig.to_json()), "text/plain": alt}
 
 
 def show(fig: go.Figure, alt: str = "") -> None:
     """Show a figure and, below it, its text alternative: what a reader should see in it."""
-    if "google.colab" in sys.modules:
-        fig.show(renderer="colab")
-    else:
-        display(bundle(fig, alt), raw=True)
+    display(bundle(fig, alt), raw=True)
     if alt:
-        display(Markdown(f"*{alt}*"))
-
-
-def painted(pieces: Sequence[str], colors: Sequence[str], titles: Sequence[str] = ()) -> str:
-    """HTML of a text whose pieces have their own background; titles show under the pointer.
-
-    colors: as CSS writes them, one a piece; an opaque one takes black letters, one with an alpha
-    below 1 the theme's.
-    """
-    spans = []
-    for piece, color, title in zip(pieces, colors, titles or [""] * len(pieces), strict=True):
-        style = f"background:{color}" + ("" if color.startswith("rgba") else ";color:black")
-        told = f' title="{html.escape(title)}"' if title else ""
-        spans.append(f'<span style="{html.escape(style)}"{told}>{html.escape(piece)}</span>')
-    look = "font:16px monospace;line-height:1.7;white-space:pre-wrap;margin-top:.5em"
-    return f'<div style="{look}">{"".join(spans)}</div>'
-
-
-def key(labels: Sequence[str], colors: Sequence[str]) -> str:
-    """HTML of what the colors of `painted` mean, on one line."""
-    return painted([f" {label} " for label in labels], colors)
+        display(HTML(f"<i>{html.escape(alt)}</i>"))

@@ -5,11 +5,11 @@ import html
 
 import plotly.graph_objects as go
 
+from lablib.evidence.coverage import State, states
 from lablib.lab import figures
-from lablib.lab.coverage import is_stale, result_of
-from lablib.papers import Paper, papers
+from lablib.papers import papers, themes
 
-STATES = {
+KINDS = {
     "every claim reproduced": figures.PALETTE[2],
     "some claims not reproduced at this scale": figures.PALETTE[1],
     "lab present, not measured": figures.PALETTE[0],
@@ -17,51 +17,75 @@ STATES = {
 }
 
 
-def state(paper: Paper) -> str:
-    """One of STATES, from the paper's stored result."""
-    result = result_of(paper) if paper.present else None
-    if result is None or is_stale(paper, result):
-        return "lab present, not measured" if paper.present else "lab to come"
-    good = all(claim["verdict"] == "reproduced" for claim in result["claims"])
-    return list(STATES)[0 if good else 1]
+def kind(state: State) -> str:
+    """One of KINDS, from the paper's stored result."""
+    if not state.present:
+        return "lab to come"
+    if state.result is None:
+        return "lab present, not measured"
+    return list(KINDS)[0 if state.reproduced == len(state.verdicts) else 1]
 
 
 def paper_map() -> go.Figure:
-    """Every paper as a point: date across, theme down; hover for title, claim and lab number."""
+    """Every paper as a point: date across, theme down; hover for its claims and their verdicts."""
     fig = figures.figure(height=560, margin={"t": 30}, legend={"orientation": "h", "y": -0.1})
-    parts = {found.part: found.part_title for found in papers()}
-    spread = _spread()
-    for name, color in STATES.items():
-        rows = [found for found in papers() if state(found) == name]
+    spread, rows = _spread(), states()
+    for name, color in KINDS.items():
+        mine = [row for row in rows if kind(row) == name]
         fig.add_scatter(
-            x=[found.date for found in rows],
-            y=[found.part + spread[found.slug] for found in rows],
-            text=[_hover(found) for found in rows],
+            x=[row.paper.date for row in mine],
+            y=[row.paper.part + spread[row.paper.slug] for row in mine],
+            text=[_hover(row) for row in mine],
             hovertemplate="%{text}<extra></extra>",
             mode="markers",
             name=name,
             marker={"size": 12, "color": color, "line": {"width": 1, "color": "white"}},
         )
+    parts = {about["number"]: about["title"] for about in themes().values()}
     ticks = {"tickvals": list(parts), "ticktext": [f"{n}. {title}" for n, title in parts.items()]}
     fig.update_yaxes(autorange="reversed", zeroline=False, **ticks)
     fig.update_xaxes(title="published")
     return fig
 
 
+def lab_links() -> str:
+    """HTML: a link to each lab that is there, with its verdicts; relative to labs/."""
+    rows = [row for row in states() if row.present]
+    items = [
+        f"<li><a href='{html.escape(_relative(row))}'>{row.paper.lab} "
+        f"{html.escape(row.paper.title)}</a>: {html.escape(row.line)}</li>"
+        for row in rows
+    ]
+    return f"<ul>{''.join(items)}</ul>"
+
+
+def _relative(state: State) -> str:
+    lab = state.paper.paths["lab"]
+    return f"{lab.parent.name}/{lab.name}"
+
+
 def _spread() -> dict[str, float]:
     """Small vertical offsets, so that papers of one theme and season don't hide each other."""
     placed: list[tuple[int, datetime.date, float]] = []
     offsets = {}
-    for found in papers():
-        date = datetime.date.fromisoformat(found.date)
-        near = [d for part, day, d in placed if part == found.part and abs((day - date).days) < 75]
+    for paper in papers():
+        date = datetime.date.fromisoformat(paper.date)
+        near = [d for part, day, d in placed if part == paper.part and abs((day - date).days) < 75]
         free = [offset for offset in (0, -0.28, 0.28, -0.14, 0.14) if offset not in near]
-        offsets[found.slug] = free[0] if free else 0.0
-        placed.append((found.part, date, offsets[found.slug]))
+        offsets[paper.slug] = free[0] if free else 0.0
+        placed.append((paper.part, date, offsets[paper.slug]))
     return offsets
 
 
-def _hover(paper: Paper) -> str:
-    claims = "".join(f"<br>· {html.escape(claim.text)}" for claim in paper.claims)
+def _hover(state: State) -> str:
+    paper = state.paper
+    marks = {
+        id: "✔" if row["verdict"] == "reproduced" else "✘" for id, row in state.verdicts.items()
+    }
+    claims = "".join(
+        f"<br>{marks.get(claim.id, '·')} {html.escape(claim.text)}"
+        for claim in paper.claims
+        if not claim.aside
+    )
     title = f"<b>{html.escape(paper.title)}</b><br>lab {paper.lab}, {paper.date}"
     return title + (claims or "<br>its lab is to come")

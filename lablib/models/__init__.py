@@ -18,4 +18,4 @@ _PLACES = {
     "pretrained_path": "weights",
 }
 __all__ = list(_PLACES)
-__getattr__ = lazy(__name__, _PLACES)
+__getattr__, __dir__ = lazy(__name__, _PLACES)

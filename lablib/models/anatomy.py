@@ -30,10 +30,16 @@ class Family:
 
 
 _OURS = Family(
-    "GPT",
-    *("blocks", "embedding", "norm", "head"),
-    *("attention", "mlp", "attention_norm", "mlp_norm"),
-    {
+    name="GPT",
+    blocks="blocks",
+    embedding="embedding",
+    final_norm="norm",
+    head="head",
+    attention="attention",
+    mlp="mlp",
+    attention_norm="attention_norm",
+    mlp_norm="mlp_norm",
+    projections={
         "query": "attention.query",
         "key": "attention.key",
         "value": "attention.value",
@@ -44,10 +50,16 @@ _OURS = Family(
     },
 )
 _LLAMA = Family(
-    "Llama",
-    *("model.layers", "model.embed_tokens", "model.norm", "lm_head"),
-    *("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"),
-    {
+    name="Llama",
+    blocks="model.layers",
+    embedding="model.embed_tokens",
+    final_norm="model.norm",
+    head="lm_head",
+    attention="self_attn",
+    mlp="mlp",
+    attention_norm="input_layernorm",
+    mlp_norm="post_attention_layernorm",
+    projections={
         "query": "self_attn.q_proj",
         "key": "self_attn.k_proj",
         "value": "self_attn.v_proj",
@@ -58,11 +70,17 @@ _LLAMA = Family(
     },
 )
 _GPT2 = Family(
-    "GPT-2",
-    *("transformer.h", "transformer.wte", "transformer.ln_f", "lm_head"),
-    *("attn", "mlp", "ln_1", "ln_2"),
+    name="GPT-2",
+    blocks="transformer.h",
+    embedding="transformer.wte",
+    final_norm="transformer.ln_f",
+    head="lm_head",
+    attention="attn",
+    mlp="mlp",
+    attention_norm="ln_1",
+    mlp_norm="ln_2",
     # transformers stores these as Conv1D: weight (in, out), the transpose of nn.Linear's.
-    {
+    projections={
         "query_key_value": "attn.c_attn",
         "output": "attn.c_proj",
         "up": "mlp.c_fc",
@@ -140,28 +158,44 @@ def projections(model: nn.Module, *roles: str) -> dict[str, nn.Module]:
     """
     names = family(model)
     for role in roles:
-        if role not in names.projections:
-            known = ", ".join(names.projections)
-            raise ValueError(f"{names.name} has no projection {role!r}; it has {known}")
-    found = {}
+        _check_role(names, role)
+    by_name = {}
     for i in range(len(blocks(model))):
         for role in roles or names.projections:
             name = f"{names.blocks}.{i}.{names.projections[role]}"
             if _has(model, name):
-                found[name] = model.get_submodule(name)
-    return found
+                by_name[name] = model.get_submodule(name)
+    return by_name
+
+
+def projection(model: nn.Module, block: int, role: str) -> nn.Module:
+    """One block's projection; roles as in `projections`.
+
+    Raises ValueError for a role that the family doesn't have, AttributeError when the block's part
+    was replaced by one without it.
+    """
+    names = family(model)
+    _check_role(names, role)
+    place = range(len(blocks(model)))[block]
+    return model.get_submodule(f"{names.blocks}.{place}.{names.projections[role]}")
+
+
+def _check_role(names: Family, role: str) -> None:
+    if role not in names.projections:
+        known = ", ".join(names.projections)
+        raise ValueError(f"{names.name} has no projection {role!r}; it has {known}")
 
 
 def norms(model: nn.Module) -> dict[str, nn.Module]:
     """Full dotted name -> norm: two a block, then the final one."""
     names = family(model)
-    found = {}
+    by_name = {}
     for i in range(len(blocks(model))):
         for name in (names.attention_norm, names.mlp_norm):
             full = f"{names.blocks}.{i}.{name}"
             if _has(model, full):
-                found[full] = model.get_submodule(full)
-    return found | {names.final_norm: final_norm(model)}
+                by_name[full] = model.get_submodule(full)
+    return by_name | {names.final_norm: final_norm(model)}
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
     """Write config.json, float32 model.safetensors and the tokenizer's files into folder.
 
     Quantized weights become the float32 numbers they stand for, nothing is rounded again.
-    Raises ValueError when the file holds no Llama model with a byte-level BPE tokenizer.
+    Raises ValueError when the file holds no Llama model with a byte-level BPE tokenizer, or a
+    tensor that such a model has no place for.
     """
     from gguf import GGUFReader
     from safetensors.numpy import save_file
@@ -45,6 +47,8 @@ def _check(fields: dict, file: Path) -> None:
     found = fields["general.architecture"], fields["tokenizer.ggml.model"]
     if found != ("llama", "gpt2"):
         raise ValueError(f"{file.name} holds {found}, not a Llama model with byte-level BPE")
+    if (scaling := fields.get("llama.rope.scaling.type", "none")) != "none":
+        raise ValueError(f"{file.name} scales rotary positions ({scaling}): not supported")
 
 
 def _config(fields: dict, tied: bool) -> dict:
@@ -80,6 +84,9 @@ def _weight(tensor, config: dict) -> tuple[str, np.ndarray]:
     from gguf import dequantize
 
     module, _, leaf = tensor.name.rpartition(".")
+    known = _TOP_NAMES.keys() | _BLOCK_NAMES.keys()
+    if leaf != "weight" or re.sub(r"^blk\.\d+\.", "", module) not in known:
+        raise ValueError(f"{tensor.name} has no place in a Llama model without biases")
     value = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
     if not module.startswith("blk."):
         return f"{_TOP_NAMES[module]}.{leaf}", value

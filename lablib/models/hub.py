@@ -5,15 +5,20 @@ Known families: Llama, Mistral (without a sliding window), Qwen2 and Qwen3.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lablib.models.gpt import GPT, GPTConfig
+from lablib.models.weights import read_json, weight_files
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ARCHITECTURES = {
@@ -90,6 +95,9 @@ def config_from_hub(config: dict) -> GPTConfig:
 def _refuse_what_differs(config: dict, family: str) -> None:
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise ValueError(f"hidden_act {activation!r} is not supported: GPT's mlp uses silu")
+    if quantized := config.get("quantization_config"):
+        method = dict(quantized).get("quant_method", "quantized")
+        raise ValueError(f"{method} weights are not supported: save the model dequantized")
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if window and family != "llama" and window < config["max_position_embeddings"]:
         raise ValueError(
@@ -149,100 +157,178 @@ def from_hf(source: nn.Module | str | Path, dtype: torch.dtype | None = None) ->
     source: a model, or a folder with config.json and *.safetensors, which is mapped into
     memory rather than read (parameters that you change are copied, the file stays).
     dtype: None keeps that of the weights.
-    Raises ValueError for an architecture that GPT can't represent, FileNotFoundError for a
-    folder without config.json or weights.
+    Raises ValueError for an architecture that GPT can't represent, weights that it has no place
+    for, and files that can't be read; FileNotFoundError for a folder without config.json or
+    weights.
     """
     config, weights = read_model(source)
     model = empty_model(config_from_hub(config))
-    load_weights(model, lambda name: weights.get(hub_name(name)))
+    load_weights(model, weights)
     return model.to(dtype) if dtype else model
 
 
-def load_weights(model: GPT, find: Callable[[str], Tensor | None]) -> None:
+Take = Callable[[dict[str, Tensor], str], Tensor | None]
+
+
+def _take(weights: dict[str, Tensor], name: str) -> Tensor | None:
+    return weights.pop(hub_name(name), None)
+
+
+def load_weights(model: GPT, weights: dict[str, Tensor], take: Take = _take) -> None:
     """Fill an `empty_model`, in place; a tied head needs no weights of its own.
 
-    find: the name of one of the model's parameters -> its tensor, or None where there is none.
-    Raises ValueError that names the first parameter without one.
+    weights: by name, as a file holds them; the dictionary is emptied.
+    take: (weights, name of one of the model's parameters) -> its tensor, taken out of the weights,
+    or None where there is none.
+    Raises ValueError that names the first parameter without a tensor or the first tensor without a
+    parameter, and when a tied head has other weights than the embedding.
     """
-    state = {name: find(name) for name in model.state_dict()}
-    if model.config.tied and state["head.weight"] is None:
-        state["head.weight"] = state["embedding.weight"]
+    state = {name: take(weights, name) for name in model.state_dict()}
+    if model.config.tied:
+        state["head.weight"] = _tied(state["embedding.weight"], state["head.weight"])
     if missing := [name for name, value in state.items() if value is None]:
         raise ValueError(f"the weights have nothing for {missing[0]} ({len(missing)} missing)")
+    # Older files keep the rotary frequencies, which follow from the configuration.
+    if left := [name for name in weights if not name.endswith("rotary_emb.inv_freq")]:
+        raise ValueError(f"the model has no place for {left[0]} ({len(left)} weights left over)")
     model.load_state_dict(state, assign=True)
     if model.config.tied:
         model.head.weight = model.embedding.weight
 
 
+def _tied(embedding: Tensor | None, head: Tensor | None) -> Tensor | None:
+    if embedding is not None and head is not None and not torch.equal(embedding, head):
+        raise ValueError("tie_word_embeddings is set, but lm_head.weight is not the embedding")
+    return embedding
+
+
 def read_model(source: nn.Module | str | Path) -> tuple[dict, dict[str, Tensor]]:
     """The configuration and the weights by name of a transformers model or a saved folder.
 
-    Raises FileNotFoundError for a folder without config.json or weights.
+    A folder that is replaced while it is read is read again.
+    Raises FileNotFoundError for a folder without config.json or weights, ValueError for a file that
+    can't be read.
     """
     if isinstance(source, nn.Module):
-        return source.config.to_dict(), source.state_dict()
-    return _read_folder(Path(source))
+        return source.config.to_dict(), dict(source.state_dict())
+    for _ in range(100):
+        before = _identity(Path(source))
+        try:
+            read = _read_folder(Path(source))
+        except (OSError, ValueError):
+            if _identity(Path(source)) == before:
+                raise
+        else:
+            if _identity(Path(source)) == before:
+                return read
+    raise OSError(f"{source} is replaced by others all the time")
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Which folder has this name now; None when none has."""
+    try:
+        return folder.stat().st_ino, folder.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def empty_model(config: GPTConfig) -> GPT:
-    """A GPT whose parameters are shapes only.
+    """A GPT whose parameters are shapes only, on torch's meta device."""
+    with torch.device("meta"), _NothingDrawn():
+        return GPT(config)
 
-    Random numbers are skipped, too: drawing them on the meta device imports torch's compiler,
-    which takes seconds.
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leave new parameters as they are; like every mode it belongs to its thread alone.
+
+    Drawing random numbers on the meta device imports torch's compiler, which takes seconds.
     """
-    kinds = (GPT, nn.Linear, nn.Embedding)
-    saved = [kind.reset_parameters for kind in kinds]
-    try:
-        for kind in kinds:
-            kind.reset_parameters = lambda self: None
-        with torch.device("meta"):
-            return GPT(config)
-    finally:
-        for kind, function in zip(kinds, saved, strict=True):
-            kind.reset_parameters = function
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def _read_folder(folder: Path) -> tuple[dict, dict[str, Tensor]]:
-    from safetensors.torch import load_file
-
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is no saved model")
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     if not files:
         raise FileNotFoundError(f"{folder} has no *.safetensors weights")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for file in files:
-        weights |= load_file(file)
-    return config, weights
+        part = _read_weights(file)
+        if twice := weights.keys() & part.keys():
+            raise ValueError(f"{min(twice)} is in more than one file of {folder}")
+        weights |= part
+    return read_json(folder / "config.json"), weights
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is cut or no safetensors file: {error}") from error
 
 
 def to_hf(model: GPT, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write config.json and model.safetensors so that transformers can load them.
 
-    dtype: what to store; None keeps the parameters'.
+    folder: new, or that of an earlier model, which is replaced as a whole; what else it holds, such
+    as a tokenizer's files, is kept. Only in one with subfolders, and in the working folder, are the
+    two files replaced one after the other.
+    dtype: what to store; None keeps the parameters'. A head is written when it is not the
+    embedding itself, whatever the configuration says.
     Raises ValueError when a part was replaced by one that a Llama-family file has no place
     for, before anything is written.
     """
+    from lablib.files import atomic_write
+
+    folder = Path(folder)
+    tied = getattr(model.head, "weight", None) is getattr(model.embedding, "weight", None)
+    config = replace(model.config, tied=tied)
+    weights = _named_for_hub(model, config)
+    weights = {name: w.detach().to("cpu", dtype or w.dtype) for name, w in weights.items()}
+    if folder.resolve() == Path.cwd() or any(path.is_dir() for path in folder.glob("*")):
+        _write_folder(folder, config_to_hub(config), weights)
+        return
+    with atomic_write(folder) as new:
+        new.mkdir()
+        _keep_the_rest(folder, new)
+        _write_folder(new, config_to_hub(config), weights)
+
+
+def _keep_the_rest(old: Path, new: Path) -> None:
+    """Take over the files that are neither weights of a model nor its configuration."""
+    replaced = r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    for file in old.glob("*"):
+        if not re.fullmatch(replaced, file.name):
+            shutil.copy2(file, new / file.name)
+
+
+def _write_folder(folder: Path, config: dict, weights: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     from lablib.files import atomic_write
 
-    config = config_to_hub(model.config)
-    weights = _named_for_hub(model)
-    kept = dtype or next(iter(weights.values())).dtype
-    weights = {name: w.detach().to("cpu", kept).contiguous() for name, w in weights.items()}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / "model.safetensors") as path:
-        save_file(weights, path, metadata={"format": "pt"})
+    kept = functools.reduce(torch.promote_types, {w.dtype for w in weights.values()})
     config["dtype"] = config["torch_dtype"] = str(kept).removeprefix("torch.")
+    with atomic_write(folder / "model.safetensors") as path:
+        whole = {name: w.contiguous() for name, w in weights.items()}
+        save_file(whole, path, metadata={"format": "pt"})
     with atomic_write(folder / "config.json") as path:
-        Path(path).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _named_for_hub(model: GPT) -> dict[str, Tensor]:
-    plain = empty_model(model.config).state_dict()
+def _named_for_hub(model: GPT, config: GPTConfig) -> dict[str, Tensor]:
+    plain = empty_model(config).state_dict()
     state = model.state_dict()
     for name in state.keys() ^ plain.keys():
         raise ValueError(f"{name} differs from a plain GPT: a Llama-family file can't hold it")
@@ -251,6 +337,4 @@ def _named_for_hub(model: GPT) -> dict[str, Tensor]:
             raise ValueError(
                 f"{name} is {tuple(value.shape)}, but its config says {tuple(plain[name].shape)}"
             )
-    return {
-        hub_name(n): w for n, w in state.items() if not (model.config.tied and n == "head.weight")
-    }
+    return {hub_name(n): w for n, w in state.items() if not (config.tied and n == "head.weight")}

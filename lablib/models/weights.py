@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import difflib
 import io
+import json
 import os
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from lablib.data.packages import DataError, fetch
-from lablib.files import atomic_write
+from lablib.files import alone, atomic_write, note_opened
 from lablib.paths import cache_dir, data_dir
 
 
@@ -78,8 +80,56 @@ def own_names() -> list[str]:
 
 
 def is_ready(name: str) -> bool:
-    """Whether a packaged model is converted and in the cache."""
-    return (_folder(name) / "config.json").is_file()
+    """Whether a packaged model is converted and in the cache, its files readable to their ends.
+
+    Of the weights only the table is read, which says how long the file must be.
+    """
+    folder = _folder(name)
+    try:
+        for file in (folder / "config.json", folder / "tokenizer.json"):
+            read_json(file)
+        files = weight_files(folder)
+        return bool(files) and all(map(_is_whole, files))
+    except (OSError, ValueError):
+        return False
+
+
+def read_json(file: Path) -> dict:
+    """A model's JSON file. Raises ValueError, with its name, when it does not parse."""
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} can't be read: {error}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a saved model's weights, as transformers chooses them.
+
+    model.safetensors; else those that its index names; else the only one there is.
+    Raises ValueError when several are there without an index.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"{folder} has {names}, but no {index.name} that says which to read")
+    return files
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a safetensors file is as long as its table says. Raises ValueError without one."""
+    with open(file, "rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if length > min(100_000_000, file.stat().st_size):
+            return False
+        table = json.loads(handle.read(length))
+    table.pop("__metadata__", None)
+    end = max(entry["data_offsets"][1] for entry in table.values())
+    return file.stat().st_size == 8 + length + end
 
 
 def _folder(name: str) -> Path:
@@ -89,15 +139,24 @@ def _folder(name: str) -> Path:
 def prepare_model(name: str) -> Path:
     """The folder of a packaged model, fetched and converted when it is not there yet.
 
-    Written whole or not at all. Raises DataError when the package can't be had.
+    Written whole or not at all; one that is cut or garbled is made again, with a warning.
+    Raises DataError when the package can't be had.
     """
+    folder = _folder(name)
     if not is_ready(name):
-        entry = PACKAGED[name]
-        archive = fetch(entry.package, entry.version, entry.sha256)
-        with atomic_write(_folder(name)) as temporary:
-            temporary.mkdir(parents=True)
-            entry.convert(archive, temporary)
-    return _folder(name)
+        with alone(folder):
+            if not is_ready(name):
+                _convert(PACKAGED[name], folder)
+    return folder
+
+
+def _convert(entry: Packaged, folder: Path) -> None:
+    if folder.exists():
+        warnings.warn(f"{folder} is cut or changed: it is made again", stacklevel=4)
+    archive = fetch(entry.package, entry.version, entry.sha256)
+    with atomic_write(folder) as temporary:
+        temporary.mkdir(parents=True)
+        entry.convert(archive, temporary)
 
 
 def pretrained_path(name: str) -> Path:
@@ -105,6 +164,14 @@ def pretrained_path(name: str) -> Path:
 
     Raises DataError, with the nearest names, when no source has it.
     """
+    folder = _find(name)
+    for file in weight_files(folder):  # a large model's weights are in several
+        part = "" if file.name == "model.safetensors" else f" {file.stem}"
+        note_opened(f"model {name}{part}", file)
+    return folder
+
+
+def _find(name: str) -> Path:
     if name in PACKAGED:
         return prepare_model(name)
     if name in own_names():
@@ -140,6 +207,8 @@ def pretrained(name: str, dtype=None):
     name: "smollm2-135m-instruct", one of our checkpoints ("tiny-1m", "tiny-4m"), or a Llama-family
     model of the Hugging Face hub ("owner/model"). dtype: of the parameters, float32 by default.
     Weights are mapped from the file, so what is never used takes no memory.
+    The tokenizer takes markers such as <|endoftext|> in a text for letters, unless the model has a
+    chat template, which writes them: then `encode(text, split_special_tokens=True)` does.
     Raises DataError when there is no such model, ValueError when GPT can't represent it.
     """
     import torch
@@ -149,4 +218,6 @@ def pretrained(name: str, dtype=None):
 
     folder = pretrained_path(name)
     model = from_hf(folder, dtype or torch.float32).eval()
-    return model, PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.split_special_tokens = not tokenizer.chat_template
+    return model, tokenizer

@@ -1,15 +1,16 @@
-"""Training: `fit` (a thin layer over Lightning), schedules, checkpoints, sweeps."""
+"""Training: `fit` (a thin layer over Lightning), optimizers, losses, schedules, checkpoints."""
 
 from lablib.lazy import lazy
 
 _PLACES = {
     "fit": "trainer",
-    "History": "trainer",
-    "NonFiniteLoss": "trainer",
+    "History": "history",
+    "NonFiniteLoss": "history",
+    "adamw": "optimizers",
     "evaluate": "losses",
     "next_token_loss": "losses",
+    "padded_next_token_loss": "losses",
     "learning_rate_factor": "schedules",
-    "sweep": "sweeps",
 }
 __all__ = list(_PLACES)
-__getattr__ = lazy(__name__, _PLACES)
+__getattr__, __dir__ = lazy(__name__, _PLACES)

@@ -1,13 +1,16 @@
 """Losses of language models, and their mean over held-out batches."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Loss = Callable[[nn.Module, Any], Tensor]
+from lablib.modes import kept_modes
+
+# A loss is the batch's mean, or (sum, count) where padding makes batches count unequally.
+Loss = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
 
 
 def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -19,25 +22,41 @@ def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
+def padded_next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the tokens that are not padding: their (sum in nats, number).
+
+    batch: tokens (batch, length + 1) int64 and mask (batch, length + 1) bool, true at tokens;
+    padding stands after them and holds any id. model: as in `next_token_loss`.
+    """
+    tokens, mask = batch
+    logits = model(tokens[:, :-1])  # (batch, length, vocab)
+    counted = mask[:, 1:]
+    return F.cross_entropy(logits[counted], tokens[:, 1:][counted], reduction="sum"), counted.sum()
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable, loss: Loss = next_token_loss) -> float:
-    """Mean loss over batches, each weighed by its rows; in eval mode, restored afterwards.
+    """Mean loss over batches in eval mode; each module's own mode is restored afterwards.
 
-    Raises ValueError when there is no batch.
+    A loss that returns a mean is weighed by the batch's rows; one that returns (sum, count) gives
+    the sum of all over the number of all. A model without parameters is left where it is.
+    Raises ValueError when there is no batch, or nothing counted in them.
     """
-    training, total, rows = model.training, 0.0, 0
-    device = next(model.parameters()).device
-    model.eval()
-    try:
+    total, weight = 0.0, 0.0
+    place = next(model.parameters(), None)
+    with kept_modes(model):
+        model.eval()
         for batch in batches:
-            batch = move(batch, device)
-            total += loss(model, batch).item() * n_rows(batch)
-            rows += n_rows(batch)
-    finally:
-        model.train(training)
-    if not rows:
-        raise ValueError("there is no batch to evaluate on")
-    return total / rows
+            batch = batch if place is None else move(batch, place.device)
+            value = loss(model, batch)
+            if isinstance(value, tuple):
+                part, count = (float(number) for number in value)
+            else:
+                part, count = value.item() * n_rows(batch), n_rows(batch)
+            total, weight = total + part, weight + count
+    if not weight:
+        raise ValueError("there is no batch to evaluate on, or nothing counted in them")
+    return total / weight
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor | float:
@@ -52,22 +71,40 @@ def auxiliary_loss(model: nn.Module) -> Tensor | float:
 
 
 def move(batch: Any, device: torch.device) -> Any:
-    """A batch (tensor, tuple, list or dict of them) on `device`."""
-    if isinstance(batch, Tensor):
+    """A batch on `device`: what has `to` is moved, in tuples, lists and mappings, too.
+
+    Numbers, strings and None stay as they are.
+    """
+    if hasattr(batch, "to"):  # tensors, transformers' BatchEncoding, packed sequences
         return batch.to(device)
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return {key: move(value, device) for key, value in batch.items()}
-    return type(batch)(move(part, device) for part in batch)
-
-
-def _first(batch: Any) -> Tensor:
-    while not isinstance(batch, Tensor):
-        batch = next(iter(batch.values() if isinstance(batch, dict) else batch))
+    if isinstance(batch, (tuple, list)):
+        parts = [move(part, device) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch
 
 
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """All tensors of a batch that have rows, depth first."""
+    if isinstance(batch, Tensor):
+        if batch.ndim:
+            yield batch
+    elif isinstance(batch, (tuple, list, Mapping)):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(part)
+
+
+def _first(batch: Any) -> Tensor:
+    for tensor in _tensors(batch):
+        return tensor
+    raise ValueError(
+        f"a batch is a tensor, or a tuple, list or mapping that holds one, not {type(batch)}"
+    )
+
+
 def n_rows(batch: Any) -> int:
-    """Rows of a batch: the first tensor's first dimension."""
+    """Rows of a batch: the first tensor's first dimension. Raises ValueError without a tensor."""
     return len(_first(batch))
 
 

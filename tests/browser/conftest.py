@@ -9,18 +9,30 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from lablib.paths import project_dir
 
+sys.path.insert(0, str(Path(__file__).parent))  # `choice` and `driving` lie beside the tests
+
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SETTINGS = '{"windowingMode": "none", "autoStartDefaultKernel": true}'
 
 
+class Server(NamedTuple):
+    """A running JupyterLab."""
+
+    address: str
+    token: str
+    root: Path
+
+
 @pytest.fixture(scope="session")
 def jupyter(tmp_path_factory):
-    """Address and token of a JupyterLab over a scratch copy of labs/; stopped at the end."""
+    """A JupyterLab over a scratch copy of labs/; stopped at the end."""
     root = tmp_path_factory.mktemp("jupyter")
     shutil.copytree(project_dir() / "labs", root / "labs")
     settings = root / "settings" / "@jupyterlab" / "notebook-extension"
@@ -50,7 +62,7 @@ def jupyter(tmp_path_factory):
     address = f"http://127.0.0.1:{port}"
     try:
         _wait_for(f"{address}/api/status?token={token}", server)
-        yield address, token
+        yield Server(address, token, root)
     finally:
         server.terminate()
         server.wait(timeout=30)
@@ -83,3 +95,10 @@ def browser():
         chromium = driver.chromium.launch(executable_path=path, args=flags)
         yield chromium
         chromium.close()
+
+
+@pytest.fixture
+def page(browser):
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    yield context.new_page()
+    context.close()

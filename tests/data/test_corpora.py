@@ -1,12 +1,15 @@
 import json
+import sys
 import tarfile
+import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
 from lablib.data import CORPORA, DataError, Document, load, prepare, read_documents, split
 from lablib.data.packages import fetch, members
-from lablib.files import sha256
+from lablib.files import opened, sha256
 
 OFFLINE = [corpus.name for corpus in CORPORA.values() if not corpus.online]
 
@@ -61,6 +64,9 @@ def test_split_gives_every_part_a_document():
         split(documents[:2], (0.8, 0.1, 0.1))
     with pytest.raises(ValueError, match="sum to 1"):
         split(documents, (0.8, 0.1))
+    for bad in ((float("nan"), 0.5), (0.5, float("nan")), (1.5, -0.5), ()):
+        with pytest.raises(ValueError, match="positive and sum to 1"):
+            split(documents, bad)
 
 
 def test_unknown_corpus_suggests_the_nearest():
@@ -82,6 +88,19 @@ def test_text_of_ones_own(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="holds no text file"):
         read_documents(tmp_path / "none")
+
+
+def test_hidden_copies_are_no_documents(tmp_path, monkeypatch):
+    (tmp_path / ".hidden" / "mine").mkdir(parents=True)
+    (tmp_path / ".hidden" / "mine" / "a.txt").write_text("one")
+    folder = tmp_path / ".hidden" / "mine"  # what lies above the folder is no matter
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints" / "a-checkpoint.txt").write_text("one")
+    assert load(folder) == [Document("a", "one")]
+    monkeypatch.chdir(folder)
+    assert load(".") == [Document("a", "one")]
+    with pytest.raises(DataError, match="no corpus is called ''"):
+        load("")
 
 
 def archive(folder, name="thing-1.0.tar.gz"):
@@ -129,9 +148,84 @@ def test_a_failing_corpus_leaves_nothing_half_written(tmp_path, monkeypatch):
     monkeypatch.setitem(CORPORA, "bible", replace(CORPORA["bible"], read=half))
     with pytest.raises(DataError, match="the rest is missing"):
         prepare("bible")
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.rglob("*bible*l")), "only the lock is left"
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A corpus of three documents in an empty cache."""
+    monkeypatch.setenv("LABLIB_HOME", str(tmp_path))
+    rows = [Document(name, f"text {name}") for name in "abc"]
+    corpus = replace(CORPORA["bible"], megabytes=0.0, read=lambda corpus: rows)
+    monkeypatch.setitem(CORPORA, "bible", corpus)
+    assert not corpus.is_ready and load("bible") == rows and corpus.is_ready
+    return corpus
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda lines: lines[:1], lambda lines: ["x" * len("".join(lines))]]
+)
+def test_a_cut_or_garbled_corpus_is_told_and_made_again(small, cut):
+    whole = small.path.read_text("utf-8")
+    small.path.write_text("".join(cut(whole.splitlines(keepends=True))), "utf-8")
+    assert not small.is_ready
+    with pytest.warns(UserWarning, match=r"bible\.jsonl is cut or changed: it is made again"):
+        load("bible")
+    assert small.is_ready and small.path.read_text("utf-8") == whole
+
+
+def test_a_cut_corpus_is_told_also_when_no_size_was_noted(tmp_path, monkeypatch):
+    monkeypatch.setenv("LABLIB_HOME", str(tmp_path))
+    path = CORPORA["bible"].path
+    path.parent.mkdir()
+    verse = json.dumps(["Genesis", "In the beginning " * 100]) + "\n"
+    path.write_text(verse * 1900)  # 3.2 of 4.2 MB
+    assert CORPORA["bible"].is_ready
+    path.write_text(verse * 1000)
+    assert not CORPORA["bible"].is_ready
+
+
+def test_a_line_that_is_no_document_is_named(small):
+    lines = small.path.read_text("utf-8").splitlines(keepends=True)
+    small.path.write_text("".join([lines[0], "x" * (len(lines[1]) - 1) + "\n", lines[2]]), "utf-8")
+    with pytest.raises(DataError, match=r"line 2 of \S+bible\.jsonl is no document"):
+        load("bible")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": None, "id": 3}, "row 1 of hub:x/y has None in the column 'text'.* text, id"),
+        ({"content": "a", "id": 3}, "row 1 of .* the column 'text'.* columns are content, id"),
+    ],
+)
+def test_a_row_of_the_hub_without_text_is_one_sentence(row, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("LABLIB_HOME", str(tmp_path))
+    rows = types.SimpleNamespace(load_dataset=lambda *_, **__: [{"text": "one"}, row])
+    monkeypatch.setitem(sys.modules, "datasets", rows)
+    monkeypatch.setitem(CORPORA, "tinystories", replace(CORPORA["tinystories"], source="hub:x/y"))
+    with pytest.raises(DataError, match=message):
+        load("tinystories")
+
+
+def test_threads_that_prepare_leave_standard_output_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("LABLIB_HOME", str(tmp_path))
+    before = sys.stdout
+    monkeypatch.setattr("lablib.data.corpora._archive", lambda corpus: None)
+    content = b'msgid "a"\nmsgstr "b"\n'
+    names = [f"x/django/conf/locale/l{i}/LC_MESSAGES/django.po" for i in range(20)]
+    monkeypatch.setattr("lablib.data.corpora.members", lambda _: [(n, content) for n in names])
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(prepare, ["django"] * 4))
+    assert sys.stdout is before and len(set(paths)) == 1
 
 
 def test_prepared_documents_are_one_json_a_line():
     lines = CORPORA["bible"].path.read_text("utf-8").splitlines()
     assert json.loads(lines[0])[0] == "Genesis"
+
+
+def test_what_was_opened_is_recorded():
+    opened.pop("corpus bible", None)
+    load("bible")
+    assert opened["corpus bible"] == CORPORA["bible"].path

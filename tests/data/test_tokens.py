@@ -1,3 +1,4 @@
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from lablib.data import (
     END_OF_TEXT,
@@ -51,8 +53,20 @@ def test_letters_by_hand():
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_bpe_round_trip(bpe, text):
-    if END_OF_TEXT not in text:
-        assert bpe.decode(bpe.encode(text)) == text
+    assert bpe.decode(bpe.encode(text)) == text
+
+
+def test_a_marker_in_a_text_is_text(bpe, tmp_path):
+    text = f"one{END_OF_TEXT} two"
+    bpe.save(tmp_path / "tokenizer.json")
+    bpe.fast.save_pretrained(tmp_path / "fast")
+    fast = PreTrainedTokenizerFast.from_pretrained(tmp_path / "fast")
+    ids = bpe.encode(text)
+    assert bpe.eos not in ids and bpe.decode(ids) == text
+    assert bpe.encode_batch([text]) == [ids] == [bpe.fast.encode(text)] == [fast.encode(text)]
+    assert BPETokenizer.load(tmp_path / "tokenizer.json").encode(text) == ids
+    packed = encode_documents([Document("a", text), Document("b", END_OF_TEXT)], bpe)
+    assert (packed == bpe.eos).sum() == 2 and bpe.decode(packed) == text + END_OF_TEXT
 
 
 def test_bpe_saves_loads_and_matches_transformers(bpe, tmp_path):
@@ -65,6 +79,8 @@ def test_bpe_saves_loads_and_matches_transformers(bpe, tmp_path):
     assert len(bpe.encode("In the beginning")) < len("In the beginning")
     with pytest.raises(ValueError, match="below 257"):
         train_bpe(["text"], 100)
+    with pytest.raises(ValueError, match="1000000000 is above a million"):
+        train_bpe(["text"], 10**9)
     with pytest.raises(ValueError, match="no text"):
         train_bpe([""], 300)
 
@@ -111,6 +127,29 @@ def test_too_few_tokens_is_one_sentence():
     assert Batches(np.arange(36), batch_size=4, length=7).batches_per_epoch == 1
 
 
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (np.arange(99) / 3, "tokens are integers, not float64"),
+        ([True, False] * 50, "tokens are integers, not bool"),
+        (np.arange(99) - 1, "token -1 is negative"),
+        (np.ones((9, 9), int), r"one long row of ids, not of shape \(9, 9\)"),
+    ],
+)
+def test_what_is_no_id_is_refused(tokens, message):
+    for make in (Batches, sequential):
+        with pytest.raises(ValueError, match=message):
+            make(tokens, 2, 5)
+
+
+def test_sizes_are_one_or_more():
+    for sizes in ((0, 5), (2, 0), (2, -1)):
+        for make in (Batches, sequential):
+            with pytest.raises(ValueError, match="must be 1 or more"):
+                make(np.arange(99), *sizes)
+    assert sequential(np.arange(5), 2, 5) == sequential([], 2, 5) == []
+
+
 def test_held_out_rows_come_once_in_order():
     rows = torch.cat(sequential(np.arange(100), batch_size=4, length=9))
     assert rows.shape == (11, 10)
@@ -130,6 +169,23 @@ def test_words_and_sentences():
     found = sentences("He came. She left! (Why?) \n\nNo one\nknows. i.e. nothing")
     assert [" ".join(s) for s in found][:2] == ["He came .", "She left !"]
     assert sentences("  \n ") == []
+
+
+def test_marks_belong_to_the_letters_they_stand_on():
+    assert words("हिन्दी में, ९ बार") == ["हिन्दी", "में", ",", "९", "बार"]
+    assert words("cafe\u0301s naïve") == ["cafe\u0301s", "naïve"]
+    assert words("می\u200cخواهم") == ["می\u200cخواهم"]
+    assert words("\u0301 \u200d") == ["\u0301", "\u200d"], "without a letter they stand alone"
+    hindi = next(document.text for document in load("django") if document.name == "hi")
+    translated = "\n".join(line.partition("\t")[2] for line in hindi.splitlines())
+    spaced = len(translated.split())
+    assert spaced == 655 and len(words(translated)) < 1.4 * spaced, "punctuation is told apart"
+
+
+def test_words_of_english_are_what_a_plain_pattern_finds():
+    plain = re.compile(r"[^\W\d_]+(?:['’\-][^\W\d_]+)*|\d+(?:[.,]\d+)*|[^\w\s]|_+")
+    for document in load("shakespeare")[:10]:
+        assert words(document.text) == plain.findall(document.text)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])

@@ -1,10 +1,13 @@
-"""Run by torchrun in test_parallel.py: train a small MoE, write this process's losses and weights.
+"""Run by test_parallel.py: train a small MoE, write this process's losses and weights.
 
-Process r of n trains on rows r, r + n, ... of every batch.
+Process r of n, RANK of WORLD_SIZE, trains on rows r, r + n, ... of every batch.
 """
 
+import ipaddress
 import json
+import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lablib.experts.moe import MoE, SwiGLUExperts
 from lablib.experts.parallel import parallelize
+from lablib.experts.routing import TokenChoice
 from lablib.models import GPT, GPTConfig
 from lablib.training import fit
 from lablib.training.clipping import clip_gradients
@@ -22,7 +26,8 @@ def build() -> GPT:
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=23, dim=16, n_layers=2, n_heads=2, max_length=16))
     for block in model.blocks:
-        block.mlp = MoE(16, SwiGLUExperts(4, 16, 12), 4, top_k=2, balance=0.1, z=0.01)
+        router = TokenChoice(16, 4, top_k=2, balance=0.1, z=0.01)
+        block.mlp = MoE(router, SwiGLUExperts(4, 16, 12))
     return model
 
 
@@ -43,10 +48,28 @@ def named(tensors) -> dict:
     return {key.replace(".local", ""): t.tolist() for key, t in tensors if "mlp" in key}
 
 
+def listening() -> list[str] | None:
+    """Addresses that this process listens on; None where Linux's tables are not there."""
+    if not (tables := [p for p in map(Path, ("/proc/net/tcp", "/proc/net/tcp6")) if p.exists()]):
+        return None
+    mine = {os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()}
+    rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
+    own = [row for row in rows if any(link.endswith(f"socket:[{row[9]}]") for link in mine)]
+    return [_address(row[1]) for row in own if row[3] == "0A"]
+
+
+def _address(text: str) -> str:
+    """An address of /proc/net/tcp: words of four bytes, each in the machine's own order."""
+    words = [text[i : i + 8] for i in range(0, len(text.partition(":")[0]), 8)]
+    packed = b"".join(int(word, 16).to_bytes(4, sys.byteorder) for word in words)
+    return str(ipaddress.ip_address(packed))
+
+
 def main(folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank, processes = dist.get_rank(), dist.get_world_size()
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.FileStore(f"{folder}/{processes}-store", processes)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
     model = build()
     start = torch.randint(23, (20, 8, 1), generator=torch.Generator().manual_seed(1))
     batches = (start + torch.arange(13)) % 23
@@ -62,6 +85,7 @@ def main(folder: str) -> None:
     )  # fmt: skip
     weights = named(model.state_dict().items())
     found = {"losses": history.losses, "weights": weights, "grads": grads, "norm": norm}
+    found["listening"] = listening()
     with open(f"{folder}/{processes}-{rank}.json", "w") as file:
         json.dump(found, file)
     dist.destroy_process_group()

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from lablib.experts.hub import from_hf_moe
-from lablib.experts.moe import moe_layers
+from lablib.experts.moe import moe_layers, recorded
+from lablib.training.losses import auxiliary_loss
 
 SIZES = {
     "vocab_size": 97,
@@ -21,7 +22,8 @@ SIZES = {
 def _random(name, **options):
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(**SIZES, num_experts_per_tok=2, **options)
+    sizes = SIZES | options
+    config = getattr(transformers, f"{name}Config")(**sizes, num_experts_per_tok=2)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for key, parameter in model.named_parameters():
         if "norm" in key or "gate" in key:  # so that a norm or a router left out would show
@@ -48,6 +50,13 @@ def test_logits_equal_transformers_from_memory_and_from_disk(name, options, tmp_
     assert len(moe_layers(ours)) == 2
 
 
+def test_weights_without_a_place_are_named(tmp_path):
+    theirs = _random("Mixtral", num_local_experts=4, sliding_window=None)
+    theirs.model.layers[1].mlp.register_buffer("correction", torch.ones(4))
+    with pytest.raises(ValueError, match=r"no place for model\.layers\.1\.\S*correction"):
+        from_hf_moe(theirs)
+
+
 def test_generates_with_a_cache():
     ours = from_hf_moe(_random("Olmoe", num_experts=8)).eval()
     prompt = torch.randint(97, (1, 5))
@@ -63,3 +72,26 @@ def test_refuses_what_it_cannot_represent():
         from_hf_moe(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)))
     with pytest.raises(ValueError, match="clip_qkv"):
         from_hf_moe(_random("Olmoe", num_experts=4, clip_qkv=8.0))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "experts"), [("Olmoe", "num_experts"), ("Mixtral", "num_local_experts")]
+)
+def test_the_balancing_loss_is_that_of_transformers_but_for_the_covariance_over_layers(
+    name, experts, layers
+):
+    options = {experts: 6, "router_aux_loss_coef": 0.3, "num_hidden_layers": layers}
+    theirs = _random(name, output_router_logits=True, **options)
+    ours, tokens = from_hf_moe(theirs).train(), torch.randint(97, (2, 17))
+    with recorded(ours) as records:
+        ours(tokens)
+    loss = auxiliary_loss(ours)
+    one_by_one = [single for (single,) in records.values()]
+    shares = torch.stack([one.counts / len(one.probs) for one in one_by_one])  # (layers, experts)
+    means = torch.stack([one.probs.mean(0) for one in one_by_one])
+    covariance = (shares * means).mean(0) - shares.mean(0) * means.mean(0)
+    expected = 0.3 * theirs(tokens).aux_loss
+    torch.testing.assert_close(loss - 0.3 * 6 * covariance.sum(), expected, atol=1e-5, rtol=1e-5)
+    assert (abs(loss - expected) < 1e-5) == (layers == 1)
+    assert abs(loss - expected) < 0.2 * expected, "not as many times theirs as there are layers"

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lablib import resources
 from lablib.exercises import learning_to_skip as exercises
 from lablib.experts import learning_to_skip as lts
 from lablib.models import GPT, GPTConfig
+from lablib.models.flops import flops_per_token
+from lablib.models.gpt import rotary_table
 from lablib.training import next_token_loss
 from lablib.training.losses import auxiliary_loss
 
@@ -23,21 +24,34 @@ def text(*shape, seed=0):
     return torch.randint(40, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def masked_block(block, x, rotary, gate):
-    """f(x) for everybody, then G f(x) + (1 - G) x: the equation, without any compaction."""
-    attended = x + block.attention(block.attention_norm(x), rotary)
-    after = attended + block.mlp(block.mlp_norm(attended))
-    return gate[..., None] * after + (1 - gate[..., None]) * x
-
-
-def masked_model(model, tokens, gates):
-    from lablib.models.gpt import rotary_table
-
+def by_the_equation(model, tokens, gates):
+    """Logits by G f(x) + (1 - G) x, f the plain block; gates: one (batch, length) a layer."""
     x = model.embedding(tokens)
     rotary = rotary_table(model.config, 0, tokens.shape[1], x)
-    for wrapped, gate in zip(model.blocks, gates):
-        x = masked_block(wrapped.block, x, rotary, gate)
+    for skip, gate in zip(model.blocks, gates):
+        if callable(gate):
+            gate = gate(skip, x)
+        gate = gate[..., None]
+        x = gate * skip.block(x, rotary) + (1 - gate) * x
     return model.head(model.norm(x))
+
+
+def drawn(skip, x):
+    """The straight-through gate, from the global generator."""
+    logits = skip.block.attention_norm(x) @ skip.router.weight.t()
+    soft = F.gumbel_softmax(logits)
+    hard = F.one_hot(soft.argmax(-1), 2).float()
+    return (hard + soft - soft.detach())[..., 1]
+
+
+def detached_where_skipped(skip, x):
+    gate = drawn(skip, x)
+    return gate * (gate.detach() > 0.5)
+
+
+def all_gradients(model, logits):
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    return torch.autograd.grad((logits * weight).sum(), list(model.parameters()))
 
 
 def test_running_everything_is_the_model_itself_and_skipping_everything_its_embedding():
@@ -45,100 +59,68 @@ def test_running_everything_is_the_model_itself_and_skipping_everything_its_embe
     dense, embedded = model(tokens), model.head(model.norm(model.embedding(tokens)))
     lts.add_routers(model, 0.5).eval()
     lts.set_threshold(model, -1e9)
-    assert torch.allclose(model(tokens), dense, atol=1e-5) and lts.density(model) == 1
+    assert torch.allclose(model(tokens), dense, atol=1e-5) and lts.measured_density(model) == 1
     lts.set_threshold(model, 1e9)
-    assert torch.allclose(model(tokens), embedded, atol=1e-6) and lts.density(model) == 0
+    assert torch.allclose(model(tokens), embedded, atol=1e-6) and lts.measured_density(model) == 0
 
 
-@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (3, 17)])
-def test_compaction_equals_the_masked_computation(shape, apart):
-    model, tokens = lts.add_routers(small(), 0.5, apart=apart).eval(), text(*shape)
-    lts.calibrate(model, text(4, 16, seed=1), 0.5)
+def test_at_inference_kept_rows_alone_give_what_the_equation_gives(shape):
+    model, tokens = lts.add_routers(small(), 0.5).eval(), text(*shape)
+    lts.calibrate(model, text(8, 30, seed=1), 0.5, tolerance=0.01)
     compact = model(tokens)
-    masks = [choice.mask for block in model.blocks for choice in block.choices]
+    ran = [block.ran for block in model.blocks]
+    assert torch.allclose(
+        compact, by_the_equation(model, tokens, [m.float() for m in ran]), atol=1e-5
+    )
     for block in model.blocks:
-        block.compact = False
+        block.compact = "never"
     assert torch.allclose(model(tokens), compact, atol=1e-5)
-    again = [choice.mask for block in model.blocks for choice in block.choices]
-    assert all(torch.equal(a, b) for a, b in zip(masks, again))
-    if not apart:
-        expected = masked_model(model, tokens, [mask.float() for mask in masks])
-        assert torch.allclose(compact, expected, atol=1e-5)
+    assert all(torch.equal(block.ran, before) for block, before in zip(model.blocks, ran))
 
 
-def test_every_gradient_equals_that_of_the_masked_computation():
-    model, tokens = lts.add_routers(small(), 0.5), text(3, 13)
-    weight = torch.randn(3, 13, 40, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize(
+    ("compact", "gate"),
+    [("inference", drawn), ("never", drawn), ("always", detached_where_skipped)],
+)
+def test_in_training_outputs_and_every_gradient_are_those_of_the_equation(compact, gate):
+    """Compact training, and it alone, gives a skipped token's router no gradient."""
+    model, tokens = lts.add_routers(small(), 0.5, compact=compact), text(3, 13)
     torch.manual_seed(5)
-    (model(tokens) * weight).sum().backward()
-    compact = {name: p.grad.clone() for name, p in model.named_parameters()}
-    masks = [block.choices[0].mask for block in model.blocks]
-    model.zero_grad()
+    ours = model(tokens)
+    assert 0.1 < lts.measured_density(model) < 0.9
     torch.manual_seed(5)  # the same Gumbel draws, layer by layer
-    x = model.embedding(tokens)
-    from lablib.models.gpt import rotary_table
-
-    rotary = rotary_table(model.config, 0, 13, x)
-    for wrapped, mask in zip(model.blocks, masks):
-        logits = wrapped.router.logits(wrapped.block.attention_norm(x))
-        gate = F.gumbel_softmax(logits, hard=True)[..., 1]
-        assert torch.equal(gate > 0.5, mask)
-        # A token that skips gives its router no gradient.
-        x = masked_block(wrapped.block, x, rotary, gate * mask)
-    (model.head(model.norm(x)) * weight).sum().backward()
-    for name, parameter in model.named_parameters():
-        assert torch.allclose(parameter.grad, compact[name], atol=1e-3, rtol=1e-4), name
-    assert all(compact[f"blocks.{i}.router.weight"].abs().sum() > 0 for i in range(3))
+    theirs = by_the_equation(model, tokens, [gate] * 3)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    for found, expected in zip(all_gradients(model, ours), all_gradients(model, theirs)):
+        assert torch.allclose(found, expected, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_masked_logits_follow_the_equation_and_compute_every_row(training):
-    model, tokens, rows = lts.add_routers(small(), 0.5).train(training), text(3, 13), []
-    torch.manual_seed(5)
-    compact = model(tokens)
-    masks = [block.choices[0].mask.float() for block in model.blocks]
-    assert 0 < sum(mask.sum() for mask in masks) < 3 * tokens.numel()
-    found = torch.autograd.grad(compact.square().sum(), list(model.parameters()), allow_unused=True)
-    for block in model.blocks:
-        block.block.mlp.up.register_forward_hook(lambda m, args, y: rows.append(y[..., 0].numel()))
-    torch.manual_seed(5)
-    masked = lts.masked_logits(model, tokens)
-    assert rows == [tokens.numel()] * 3
-    assert torch.allclose(masked, masked_model(model, tokens, masks), atol=1e-5)
-    grads = torch.autograd.grad(masked.square().sum(), list(model.parameters()), allow_unused=True)
-    for ours, theirs in zip(found, grads):
-        assert (ours is None and theirs is None) or torch.allclose(ours, theirs, 1e-4, 1e-3)
-
-
-def test_masked_logits_know_routers_without_a_gate_and_refuse_what_they_do_not_know():
-    model, tokens = lts.add_random_routers(small(), 0.5), text(2, 9)
-    torch.manual_seed(0)
-    expected = model(tokens)
-    torch.manual_seed(0)
-    assert torch.allclose(lts.masked_logits(model, tokens), expected, atol=1e-5)
-    for option in ("apart", "exits"):
-        with pytest.raises(ValueError, match="one router and without early exit"):
-            lts.masked_logits(lts.add_routers(small(), 0.5, **{option: True}), tokens)
-
-
-def test_without_compaction_skipped_tokens_reach_the_router():
-    grads = []
-    for compact in (True, False):
+def test_a_token_that_skips_tells_its_router_what_it_missed_unless_training_is_compact():
+    grads = {}
+    for compact in ("inference", "always"):
         model = lts.add_routers(small(), 0.5, compact=compact)
+        last, kept = model.blocks[-1], []
+
+        def keep(gate, kept=kept):
+            gate.retain_grad()
+            kept.append(gate)
+
+        last.router.register_forward_hook(lambda m, args, gate, keep=keep: keep(gate))
         torch.manual_seed(0)
-        model(text(2, 8)).square().sum().backward()
-        grads.append(model.blocks[-1].router.weight.grad)
-    assert not torch.allclose(*grads, rtol=1e-2)
+        model(text(4, 16)).square().sum().backward()
+        grads[compact] = kept[0].grad[~last.ran]
+    assert (grads["inference"] != 0).all() and len(grads["inference"]) > 10
+    assert (grads["always"] == 0).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"apart": True}, {"exits": True}])
-def test_generation_with_a_cache_equals_generation_without(options):
-    model = lts.add_routers(small(), 0.5, **options).eval()
-    lts.calibrate(model, text(4, 16, seed=1), 0.5)
+@pytest.mark.parametrize("compact", ["inference", "never"])
+def test_generation_with_a_cache_equals_generation_without(compact):
+    model = lts.add_routers(small(), 0.5, compact=compact).eval()
+    lts.calibrate(model, text(8, 30, seed=1), 0.5, tolerance=0.01)
     prompt = text(3, 5)
     full = model.generate(prompt, 20, greedy=True, use_cache=False)
-    assert 0 < lts.density(model) < 0.95
+    assert 0 < lts.measured_density(model) < 0.95
     assert torch.equal(model.generate(prompt, 20, greedy=True), full)
     cache = model.new_cache(32)
     steps = [model.hidden_states(prompt[:, :3], cache), model.hidden_states(prompt[:, 3:], cache)]
@@ -147,21 +129,21 @@ def test_generation_with_a_cache_equals_generation_without(options):
 
 def test_a_layer_does_nothing_for_tokens_that_skip_it():
     model, seen = lts.add_routers(small(), 0.5).eval(), []
-    lts.calibrate(model, text(4, 16, seed=1), 0.5)
+    lts.calibrate(model, text(8, 30, seed=1), 0.5, tolerance=0.01)
     for block in model.blocks:
         block.block.mlp.up.register_forward_hook(lambda m, args, y: seen.append(args[0].shape[0]))
         block.block.attention.query.register_forward_hook(
             lambda m, args, y: seen.append(args[0].shape[0])
         )
     model(text(4, 16))
-    kept = [int(block.choices[0].mask.sum()) for block in model.blocks]
+    kept = [int(block.ran.sum()) for block in model.blocks]
     assert seen == [count for count in kept for _ in range(2)]
     assert sum(kept) == lts.layers_run(model).sum() < 3 * 64
 
 
 def test_the_future_is_not_seen():
     model, tokens = lts.add_routers(small(), 0.5).eval(), text(2, 12)
-    lts.calibrate(model, text(4, 16, seed=1), 0.5)
+    lts.calibrate(model, text(8, 30, seed=1), 0.5, tolerance=0.01)
     other = tokens.clone()
     other[:, 7:] = (other[:, 7:] + 1) % 40
     assert torch.allclose(model(tokens)[:, :7], model(other)[:, :7], atol=1e-5)
@@ -170,7 +152,7 @@ def test_the_future_is_not_seen():
 def test_the_density_term_is_the_papers():
     model = lts.add_routers(small(), 0.3)
     model(text(4, 16))
-    shares = [block.choices[0].mask.float().mean() for block in model.blocks]
+    shares = [block.ran.float().mean() for block in model.blocks]
     expected = 0.1 * sum((share - 0.3) ** 2 for share in shares)
     assert auxiliary_loss(model).item() == pytest.approx(expected.item(), rel=1e-4)
     assert auxiliary_loss(model) == 0, "taken once"
@@ -187,62 +169,38 @@ def test_the_density_term_alone_leads_the_routers_to_the_target():
         model(tokens)
         auxiliary_loss(model).backward()
         optimizer.step()
-    assert lts.density(model) == pytest.approx(0.2, abs=0.06)
+    assert lts.measured_density(model) == pytest.approx(0.2, abs=0.06)
 
 
 def test_routers_stay_in_float32():
-    router = lts.Router(16).to(torch.bfloat16)
+    router = lts.SkipRouter(16).to(torch.bfloat16)
     assert router.logits(torch.randn(5, 16, dtype=torch.bfloat16)).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        assert lts.Router(16).logits(torch.randn(5, 16)).dtype == torch.float32
+        assert lts.SkipRouter(16).logits(torch.randn(5, 16)).dtype == torch.float32
 
 
-def test_a_token_that_exits_stays_out():
-    model = lts.add_routers(small(), 0.5, exits=True).eval()
-    lts.calibrate(model, text(4, 16), 0.5)
-    model(text(4, 16))
-    masks = torch.stack([block.choices[0].mask for block in model.blocks]).int()
-    assert (masks.diff(dim=0) <= 0).all() and 0 < masks.sum() < masks.numel()
+def test_routers_are_made_as_asked():
+    torch.manual_seed(0)
+    model = lts.add_routers(small(), 0.5, std=0.1, temperature=0.7)
+    weights = torch.cat([block.router.weight.flatten() for block in model.blocks])
+    assert weights.std().item() == pytest.approx(0.1, rel=0.2)
+    assert {block.router.temperature for block in model.blocks} == {0.7}
 
 
-def test_confidence_exits_stop_where_the_prediction_is_clear():
-    model, tokens = lts.add_confidence_exits(small()).eval(), text(4, 16)
-    lts.set_threshold(model, 0.0)
+@pytest.mark.parametrize("target", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_calibration_finds_thresholds_of_any_size(target, scale):
+    model, tokens = lts.add_routers(small(), 0.5, std=scale), text(16, 32)
+    lts.calibrate(model.eval(), tokens, target, tolerance=0.02)
     model(tokens)
-    assert lts.density(model) == 1, "no prediction is certain"
-    threshold = lts.calibrate(model, tokens, 0.6)
-    assert 0 < threshold < 1 and lts.density(model) == pytest.approx(0.6, abs=0.05)
-    state = model.blocks[0](model.embedding(tokens), lts_rotary(model, 16))
-    top = model.head(model.norm(state)).softmax(-1).topk(2).values
-    sure = top[..., 0] - top[..., 1] >= 1 - threshold
-    model(tokens)
-    assert torch.equal(model.blocks[1].choices[0].mask, ~sure)
-    assert model.n_parameters() == small().n_parameters(), "norm and head are borrowed"
-
-
-def lts_rotary(model, length):
-    from lablib.models.gpt import rotary_table
-
-    return rotary_table(model.config, 0, length, model.embedding.weight)
-
-
-def test_the_early_exit_loss_is_calms_average():
-    model, tokens = small(), text(2, 9)
-    found, x = lts.early_exit_loss(model, tokens), model.embedding(tokens[:, :-1])
-    expected = 0
-    for weight, block in zip((1 / 6, 2 / 6, 3 / 6), model.blocks):
-        x = block(x, lts_rotary(model, 8))
-        logits = model.head(model.norm(x))
-        expected += weight * F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert not any(block._forward_hooks for block in model.blocks)
+    assert lts.measured_density(model) == pytest.approx(target, abs=0.02)
 
 
 def test_random_routers_skip_at_their_density():
     model = lts.add_random_routers(small(), 0.3)
     torch.manual_seed(0)
     model(text(16, 60))
-    assert lts.density(model) == pytest.approx(0.3, abs=0.03)
+    assert lts.measured_density(model) == pytest.approx(0.3, abs=0.03)
     next_token_loss(model, text(2, 9)).backward()
 
 
@@ -251,7 +209,7 @@ def test_set_density_reaches_random_routers_alone():
     lts.set_density(model, 0.8)
     torch.manual_seed(0)
     model(text(16, 60))
-    assert lts.density(model) == pytest.approx(0.8, abs=0.03)
+    assert lts.measured_density(model) == pytest.approx(0.8, abs=0.03)
     with pytest.raises(ValueError, match=r"density 1\.2"):
         lts.set_density(model, 1.2)
     learned = lts.add_routers(small(), 0.3)
@@ -259,90 +217,72 @@ def test_set_density_reaches_random_routers_alone():
     assert not any(hasattr(block.router, "density") for block in learned.blocks)
 
 
-class Sleeper(torch.nn.Module):
-    """A block that moves a clock instead of computing."""
-
-    def __init__(self, clock, name, seconds):
-        super().__init__()
-        self.clock, self.name, self.seconds = clock, name, list(seconds)
-
-    def forward(self, x, rotary, cache):
-        cache.append(*torch.zeros(2, len(x), 2, x.shape[1], 8))
-        now = self.clock[-1][-1] + self.seconds.pop(0)
-        self.clock.append((self.name, x.shape[1], cache.length, now))
-        return x
-
-
-def test_decoding_seconds_are_medians_of_ways_that_take_turns(monkeypatch):
-    model, clock = small(), [("start", 0, 0, 0.0)]
-    own = list(model.blocks)
-    monkeypatch.setattr(resources, "_clock", lambda: clock[-1][-1])
-    # The prompt, the step that is not counted, then three that are.
-    slow = Sleeper(clock, "slow", [100, 50, 7, 3, 4])
-    fast = Sleeper(clock, "fast", [100, 50, 1, 1, 2])
-    found = lts.decoding_seconds(model, [[slow], [fast]], text(2, 6), steps=3)
-    assert found == [4, 1]
-    assert [row[:3] for row in clock[1:]] == [
-        (name, new, seen)
-        for new, seen in [(6, 6), (1, 7), (1, 8), (1, 9), (1, 10)]
-        for name in ("slow", "fast")
-    ]
-    assert list(model.blocks) == own
-    with pytest.raises(ValueError, match="0 steps"):
-        lts.decoding_seconds(model, [own], text(2, 6), steps=0)
-    with pytest.raises(IndexError):
-        lts.decoding_seconds(model, [[slow]], text(2, 6), steps=3)
-    assert list(model.blocks) == own, "also after an error"
-
-
-def test_leaving_out_a_block_is_the_model_without_it():
-    model, tokens = small(), text(2, 9)
-    whole, losses = lts.leave_one_out_losses(model, tokens)
-    blocks = list(model.blocks)
-    assert whole == pytest.approx(next_token_loss(model, tokens).item(), rel=1e-5)
-    for place, loss in enumerate(losses):
-        model.blocks = torch.nn.ModuleList(blocks[:place] + blocks[place + 1 :])
-        assert loss == pytest.approx(next_token_loss(model, tokens).item(), rel=1e-5)
-    assert len({round(loss, 4) for loss in (whole, *losses)}) == len(blocks) + 1
-
-
-@pytest.mark.parametrize("kv", [1, 2, 4])
-def test_flops_equal_a_count_of_every_product(kv):
-    sizes = {"dim": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": kv, "vocab_size": 40}
-    model = GPT(GPTConfig(**sizes, max_length=64))
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(text(1, 1))
-    # Attention's two products with one key: the counter may not know the fused kernel.
-    known = counter.get_flop_counts()["Global"]
-    linear = sum(n for op, n in known.items() if "attention" not in str(op))
-    scores = 3 * 2 * 2 * 32
-    assert lts.flops_per_token(model.config, 1) == pytest.approx(linear + scores)
-
-
 def test_the_matching_density_makes_flops_equal():
     config = GPTConfig(dim=64, n_layers=6, n_heads=4, n_kv_heads=2, vocab_size=256)
-    dense = lts.flops_per_token(GPTConfig(**{**vars(config), "n_layers": 3}), 64)
+    dense = flops_per_token(GPTConfig(**{**vars(config), "n_layers": 3}), 64)
     density = lts.matching_density(config, 64, dense)
-    assert lts.flops_per_token(config, 64, density, routed=True) == pytest.approx(dense)
+    assert lts.skipping_flops(config, 64, density) == pytest.approx(dense)
     assert density < 0.5, "keys and values of all layers have to be paid for"
     with pytest.raises(ValueError, match="FLOPs a token are not within"):
         lts.matching_density(config, 64, 10.0)
+    routers = 6 * 2 * 2 * 64  # two logits a token in each layer
+    every = lts.skipping_flops(config, 64, 1.0)
+    assert every == pytest.approx(flops_per_token(config, 64) + routers)
 
 
 def test_models_can_be_copied_pickled_and_saved_after_a_step():
-    model, tokens = lts.add_routers(small(), 0.5, exits=True), text(2, 8)
+    model, tokens = lts.add_routers(small(), 0.5), text(2, 8)
+    lts.calibrate(model, text(8, 30), 0.25, tolerance=0.01)
     model(tokens).sum()
+    assert model.blocks[0].auxiliary_loss.requires_grad
     copied, pickled = copy.deepcopy(model).eval(), pickle.loads(pickle.dumps(model)).eval()
+    assert copied.blocks[0].auxiliary_loss is None
     assert torch.equal(copied(tokens), pickled(tokens))
-    assert copied.blocks[1].after is copied.blocks[0]
-    fresh = lts.add_routers(small(seed=1), 0.5, exits=True).eval()
+    fresh = lts.add_routers(small(seed=1), 0.5).eval()
     fresh.load_state_dict(model.state_dict())
-    assert torch.equal(fresh(tokens), copied(tokens))
+    assert torch.equal(fresh(tokens), copied(tokens)), "thresholds are saved, too"
+    fresh(text(8, 30))
+    assert lts.measured_density(fresh) == pytest.approx(0.25, abs=0.01)
 
 
-@pytest.mark.parametrize("compact", [True, False])
+def test_calibration_keeps_every_modules_mode():
+    model = lts.add_routers(small(), 0.5)
+    model.blocks[1].eval()
+    lts.calibrate(model, text(8, 30), 0.5, tolerance=0.01)
+    assert model.training and model.blocks[0].router.training and not model.blocks[1].training
+
+
+def test_a_density_that_no_threshold_reaches_is_refused_and_a_near_miss_said():
+    model = lts.add_routers(small(), 0.5)
+    for block in model.blocks:
+        block.router.threshold.fill_(float("-inf"))
+        block.router.weight.data.zero_()  # all margins are 0: all tokens go alike
+    with pytest.warns(UserWarning, match="nearest density to 0.4 is 0.400 off"):
+        lts.calibrate(model, text(4, 16), 0.4)
+    assert lts.measured_density(model) == 0
+    mixed = small()
+    mixed.blocks[1] = lts.SkipBlock(mixed.blocks[1], lts.SkipRouter(32))
+    mixed.blocks[1].router.threshold.fill_(0.3)
+    with pytest.raises(ValueError, match=r"0\.5 is out of reach: thresholds give 0\.667 to 1\.000"):
+        lts.calibrate(mixed, text(4, 16), 0.5)
+    assert mixed.blocks[1].router.threshold.item() == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("density", [5.0, -0.5, float("nan")])
+def test_shares_outside_0_and_1_are_refused(density):
+    config, model = GPTConfig(dim=64), lts.add_routers(small(), 0.5)
+    for refuse in (
+        lambda: lts.add_routers(small(), density),
+        lambda: lts.add_random_routers(small(), density),
+        lambda: lts.set_density(model, density),
+        lambda: lts.calibrate(model, text(2, 8), density),
+        lambda: lts.skipping_flops(config, 8, density),
+    ):
+        with pytest.raises(ValueError, match=f"density {density} is the share"):
+            refuse()
+
+
+@pytest.mark.parametrize("compact", ["always", "never"])
 def test_autocast_changes_little(compact):
     model, tokens = lts.add_routers(small(), 1.0, compact=compact), text(2, 9)
     lts.set_threshold(model.eval(), -1e9)
@@ -381,11 +321,17 @@ def test_a_llama_of_transformers_skips_through_from_hf():
     assert torch.allclose(ours(text(2, 8)), theirs(text(2, 8)).logits, atol=1e-4)
 
 
-def test_what_makes_no_sense_is_refused():
-    with pytest.raises(ValueError, match=r"density 1\.5"):
-        lts.add_routers(small(), 1.5)
-    with pytest.raises(ValueError, match="exclude each other"):
-        lts.add_routers(small(), 0.5, apart=True, exits=True)
+def test_what_makes_no_sense_is_refused_and_changes_nothing():
+    model = lts.add_routers(small(), 0.5)
+    before = list(model.blocks)
+    for again in (lts.add_routers, lts.add_random_routers):
+        with pytest.raises(ValueError, match="has routers already"):
+            again(model, 0.5)
+    assert list(model.blocks) == before
+    plain = small()
+    with pytest.raises(ValueError, match="'sometimes' is none of"):
+        lts.add_routers(plain, 0.5, compact="sometimes")
+    assert not any(isinstance(block, lts.SkipBlock) for block in plain.blocks)
 
 
 WRONG = {

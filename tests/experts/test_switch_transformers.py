@@ -9,8 +9,12 @@ from torch.nn import functional as F
 
 from lablib.exercises import switch_transformers as exercises
 from lablib.experts import switch_transformers as st
-from lablib.experts.moe import FeedForwardExperts, MoE, Router, moe_layers, recorded
-from lablib.models import GPT, GPTConfig, anatomy
+from lablib.experts.hub import from_hf_switch
+from lablib.experts.moe import MoE, moe_layers, recorded
+from lablib.experts.routing import TokenChoice, load_balancing_loss
+from lablib.models import GPT, GPTConfig, SwiGLU, anatomy
+from lablib.training import fit
+from lablib.training.losses import auxiliary_loss, next_token_loss
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +42,17 @@ def test_every_second_feed_forward_layer_is_replaced_at_equal_width():
     assert model(tokens()).shape == (3, 20, 40)
     with pytest.raises(ValueError, match="4 blocks have no 5th one"):
         st.switch_(small(), 4, every=5)
+
+
+def test_what_is_switched_already_is_refused_and_left_as_it_was():
+    model = st.switch_(small(), 4)
+    before = [block.mlp for block in model.blocks]
+    with pytest.raises(ValueError, match="block 1 is a mixture of experts already"):
+        st.switch_(model, 4, every=1)
+    assert [block.mlp for block in model.blocks] == before
+    model.blocks[1].mlp = st.SwitchFFN(16, [nn.Linear(16, 16)])
+    with pytest.raises(ValueError, match="block 1"):
+        st.switch_(model, 4)
 
 
 def test_switch_works_on_a_llama_of_transformers():
@@ -68,20 +83,63 @@ def test_equals_the_switch_layer_of_transformers(capacity):
     theirs = theirs_of.SwitchTransformersSparseMLP(config).eval()
     for parameter in theirs.parameters():
         parameter.data.normal_()
-    ours = MoE(
-        8,
-        FeedForwardExperts(4, 8, 12),
-        4,
-        capacity_factor=capacity * 4 / 20,
-        capacity_of="sequence",
-    ).eval()
-    ours.router.weight.data.copy_(theirs.router.classifier.weight)
-    for index, expert in enumerate(theirs.experts.values()):
-        ours.experts.up.data[index].copy_(expert.wi.weight)
-        ours.experts.down.data[index].copy_(expert.wo.weight)
+    fast = from_hf_switch(theirs, capacity_factor=capacity * 4 / 20)
+    definition = st.SwitchFFN(
+        8, [FromT5(one) for one in theirs.experts.values()], capacity * 4 / 20
+    )
+    definition.router.weight.data.copy_(theirs.router.classifier.weight)
     x = torch.randn(3, 20, 8)
     with torch.no_grad():
-        assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+        assert torch.allclose(fast.eval()(x), theirs(x), atol=1e-5)
+        for text in x:  # the definition's capacity is of the batch
+            assert torch.allclose(definition(text), theirs(text[None])[0], atol=1e-5)
+
+
+class FromT5(nn.Module):
+    def __init__(self, expert):
+        super().__init__()
+        self.expert = expert
+
+    def forward(self, rows):
+        return self.expert.wo(F.relu(self.expert.wi(rows)))
+
+
+def both_layers(n_experts, capacity_factor, alpha=0.1):
+    """The definition, with plain SwiGLU layers for experts, and the fast layer of its weights."""
+    config = GPTConfig(dim=6, ffn_dim=10, n_heads=1)
+    experts = [SwiGLU(config) for _ in range(n_experts)]
+    definition = st.SwitchFFN(6, experts, capacity_factor, alpha)
+    options = {"capacity_factor": capacity_factor, "balance": alpha, "jitter": 0.0}
+    fast = st.switch_layer(6, 10, n_experts, **options)
+    fast.router.weight.data.copy_(definition.router.weight)
+    for index, one in enumerate(experts):
+        fast.experts.gate_up.data[index] = torch.cat([one.gate.weight, one.up.weight])
+        fast.experts.down.data[index] = one.down.weight
+    return definition, fast
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("capacity_factor", [0.5, 9.0])
+@pytest.mark.parametrize("shape", [(29, 6), (3, 17, 6)])
+def test_the_fast_layer_is_the_definition(shape, capacity_factor, training):
+    definition, fast = both_layers(5, capacity_factor)
+    x = torch.randn(shape)
+    sides = []
+    for layer in (definition.train(training), fast.train(training)):
+        given = x.clone().requires_grad_()
+        y = layer(given)
+        loss = auxiliary_loss(layer)
+        assert torch.is_tensor(loss) == training
+        (y.square().sum() + loss).backward()
+        sides.append([y.detach(), torch.as_tensor(loss), given.grad, layer.router.weight.grad])
+    for ours, theirs in zip(*sides):
+        torch.testing.assert_close(ours, theirs)
+    for index, one in enumerate(definition.experts):
+        gate_up = torch.cat([one.gate.weight.grad, one.up.weight.grad])
+        torch.testing.assert_close(fast.experts.gate_up.grad[index], gate_up)
+        torch.testing.assert_close(fast.experts.down.grad[index], one.down.weight.grad)
+    dropped = (sides[0][0] == 0).all(-1).sum()
+    assert (dropped > 0) == (training and capacity_factor < 9)
 
 
 def test_the_output_is_the_probability_times_the_chosen_experts_output():
@@ -101,7 +159,7 @@ def test_the_balancing_loss_is_left_for_fit_and_lowers_the_fullest_experts_proba
     layer.router.weight.data[2] = 1.0
     x = torch.rand(50, 6) + 0.5
     layer(x)
-    layer.auxiliary_loss.backward()
+    auxiliary_loss(layer).backward()
     layer.router.weight.data -= 100 * layer.router.weight.grad
     after = (x @ layer.router.weight.t()).softmax(-1).mean(0)
     layer.router.weight.data.zero_()
@@ -129,8 +187,8 @@ def test_selective_precision_keeps_the_router_exact_in_a_bfloat16_model():
     layer.router.weight.data.mul_(10)
     x = torch.randn(500, 32).bfloat16()
     exact = x.double() @ layer.router.weight.double().t()
-    kept = layer.router(x)
-    rounded = st.BFloat16Router.of(layer.router)(x)
+    kept = layer.router.logits(x)
+    rounded = st.BFloat16Router.of(layer.router).logits(x)
     assert kept.dtype == torch.float32 and rounded.dtype == torch.bfloat16
     assert (kept - exact).abs().max() < 1e-5 < 1e-3 < (rounded - exact).abs().max()
     assert layer(x).dtype == torch.bfloat16
@@ -141,7 +199,7 @@ def test_a_bfloat16_router_serves_in_a_layer():
     x = torch.randn(20, 8)
     expected = layer(x)
     layer.router = st.BFloat16Router.of(layer.router)
-    assert isinstance(layer.router, Router)
+    assert isinstance(layer.router, TokenChoice) and not layer.router.training
     assert torch.allclose(layer(x), expected, atol=1e-2)
 
 
@@ -168,16 +226,43 @@ def test_dropout_of_fine_tuning_sets_both_rates_and_can_be_removed():
     text = tokens()
     plain = model(text)
     assert torch.equal(model(text), plain)
-    handles = st.add_dropout(model, 0.5, 0.0)
-    assert len(handles) == 3  # two attentions and one dense layer
+    st.add_dropout(model, 0.5, 0.0)
     assert not torch.allclose(model(text), plain)
     assert torch.equal(model.eval()(text), plain)
-    for handle in handles:
-        handle.remove()
-    assert torch.equal(model.train()(text), plain)
+    st.add_dropout(model.train(), 0.0, 0.0)
+    assert torch.equal(model(text), plain)
     st.add_dropout(model, 0.0, 0.9)
     assert model.blocks[1].mlp.experts.dropout.p == 0.9
     assert not torch.allclose(model(text), plain)
+
+
+def test_dropout_added_twice_has_the_second_rate():
+    model = st.switch_(small(n_layers=2), 2)
+    for rate in (0.2, 0.5):
+        st.add_dropout(model, rate, 0.4)
+    seen = []
+    part = model.blocks[0].mlp
+    part.down.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    x = torch.rand(400, 16) + 0.1
+    out = part(x)
+    assert (out == 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
+    kept = out != 0
+    torch.testing.assert_close(out[kept], 2 * seen[0][kept])
+
+
+def test_dropout_reaches_the_attention_of_transformers_and_says_where_it_cannot():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.LlamaConfig(vocab_size=40, hidden_size=16, **sizes)
+    model = transformers.LlamaForCausalLM(config)
+    text = tokens()
+    st.add_dropout(model, 0.5, 0.0)
+    assert not torch.allclose(model(text).logits, model(text).logits)
+    from lablib.experts.moe import SwiGLUExperts
+
+    anatomy.replace_part(model, 0, "mlp", MoE(TokenChoice(16, 2), SwiGLUExperts(2, 16, 8)))
+    with pytest.raises(ValueError, match="SwiGLUExperts have no dropout"):
+        st.add_dropout(model, 0.1, 0.4)
 
 
 def test_a_student_gets_all_weights_but_those_of_experts():
@@ -243,7 +328,7 @@ def test_watched_loads_count_what_tokens_ask_for():
 
 @pytest.mark.parametrize("factor", [0.25, 1.0, 1.25, 4.0])
 def test_dropped_shares_equal_what_the_layer_drops(factor):
-    layer = st.switch_layer(6, 8, 5, capacity_factor=factor).eval()
+    layer = st.switch_layer(6, 8, 5, capacity_factor=factor, jitter=0.0)
     layer.router.weight.data.mul_(50)
     with recorded(nn.Sequential(layer)) as records:
         layer(torch.randn(101, 6) + 0.5)
@@ -255,6 +340,16 @@ def test_dropped_shares_equal_what_the_layer_drops(factor):
         assert dropped > 0
 
 
+def test_dropped_shares_have_the_layers_capacity_where_binary_arithmetic_rounds_up():
+    """1.1 * 40 / 4 is a little more than 11, the layer's capacity is 11."""
+    asked = torch.tensor([[12, 10, 10, 8], [10, 10, 10, 10], [0, 0, 0, 0]])
+    torch.testing.assert_close(st.dropped_at(asked, 1.1), torch.tensor([1 / 40, 0.0, 0.0]))
+    layer = st.switch_layer(4, 8, 4, capacity_factor=1.1, jitter=0.0)
+    layer.router.weight.data.copy_(torch.eye(4))
+    x = torch.eye(4)[torch.repeat_interleave(torch.arange(4), asked[0])]
+    assert int(layer.router(x).counts.sum()) == 39
+
+
 def ignores_capacity(experts, n_experts, capacity_factor):
     return 0
 
@@ -263,44 +358,118 @@ def pools_capacity(experts, n_experts, capacity_factor):
     return max(0, len(experts) - int(capacity_factor * len(experts)))
 
 
+def rounds_down(experts, n_experts, capacity_factor):
+    places = int(capacity_factor * len(experts) / n_experts)
+    return sum(max(0, count - places) for count in experts.bincount(minlength=n_experts).tolist())
+
+
+def rounds_to_nearest(experts, n_experts, capacity_factor):
+    places = round(capacity_factor * len(experts) / n_experts)
+    return sum(max(0, count - places) for count in experts.bincount(minlength=n_experts).tolist())
+
+
 def forgets_the_factor(experts, n_experts, capacity_factor):
     return exercises._dropped(experts, n_experts, 1.0)
 
 
-def without_n(probs, experts):
-    return exercises._balancing_loss(probs, experts) / probs.shape[1]
-
-
-def squared_shares(probs, experts):
+def by_probabilities(probs, experts):
     share = experts.bincount(minlength=probs.shape[1]) / len(experts)
-    return probs.shape[1] * share.square().sum()
+    return (probs.shape[1] * share / len(experts)).expand_as(probs)
 
 
-def without_gradient(probs, experts):
-    return exercises._balancing_loss(probs.detach(), experts)
+def without_the_mean(probs, experts):
+    return probs * by_probabilities(probs, experts)
 
 
-def without_gate(x, router, experts, capacity):
-    chosen = (x @ router.t()).argmax(-1)
-    return torch.stack([experts[int(i)](row[None])[0] for i, row in zip(chosen, x)])
+def downhill(probs, experts):
+    return -exercises._balance_gradient(probs, experts)
 
 
-def never_drops(x, router, experts, capacity):
-    return exercises._switch_layer(x, router, experts, len(x))
+def without_n_experts(probs, experts):
+    return exercises._balance_gradient(probs, experts) / probs.shape[1]
 
 
-def weighs_by_all(x, router, experts, capacity):
-    probs = (x @ router.t()).softmax(-1)
-    return sum(probs[:, i : i + 1] * expert(x) for i, expert in enumerate(experts))
+def of_each_token_apart(probs, experts):
+    return exercises._balance_gradient(probs, experts) * len(probs)
+
+
+def any_free_place(probs, places):
+    free, expert = [places] * probs.shape[1], []
+    for order in probs.argsort(1, descending=True).tolist():
+        expert.append(next((i for i in order if free[i]), -1))
+        if expert[-1] >= 0:
+            free[expert[-1]] -= 1
+    return torch.tensor(expert)
+
+
+def no_limit_for_second(probs, places):
+    second = probs.topk(2, dim=1).indices[:, 1]
+    first = exercises._first_choice(probs, places)
+    return torch.where(first < 0, second, first)
 
 
 WRONG = {
-    "dropped": [ignores_capacity, pools_capacity, forgets_the_factor],
-    "balancing_loss": [without_n, squared_shares, without_gradient],
-    "switch_layer": [without_gate, never_drops, weighs_by_all],
+    "dropped": [
+        ignores_capacity,
+        pools_capacity,
+        rounds_down,
+        rounds_to_nearest,
+        forgets_the_factor,
+    ],
+    "balance_gradient": [
+        by_probabilities,
+        without_the_mean,
+        downhill,
+        without_n_experts,
+        of_each_token_apart,
+    ],
+    "second_choice": [
+        exercises._first_choice,
+        exercises._in_turn,
+        any_free_place,
+        no_limit_for_second,
+    ],
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_exercises_tell_right_from_wrong(name, tells_right_from_wrong):
     tells_right_from_wrong(getattr(exercises, name), WRONG[name])
+
+
+def by_autograd(probs, experts):
+    logits = probs.log().requires_grad_()
+    counts = experts.bincount(minlength=probs.shape[1])
+    load_balancing_loss(logits.softmax(-1), counts).backward()
+    return logits.grad
+
+
+def test_the_gradient_by_hand_is_autograds():
+    from lablib.lab.grading import outcome
+
+    assert outcome(exercises.balance_gradient, by_autograd) == ("correct", "Correct.")
+
+
+def test_routes_are_those_of_the_layers_and_leave_modes_alone():
+    model = st.switch_(small(n_layers=2), 4, every=1)
+    model.blocks[0].eval()
+    text = tokens()
+    routes = st.routes(model, text)
+    assert routes.shape == (2, 60) and model.training and not model.blocks[0].training
+    with recorded(model.eval()) as records:
+        model(text)
+    for row, (record,) in zip(routes, records.values()):
+        assert torch.equal(row, record.experts[:, 0])
+
+
+def test_watching_notes_each_training_step_and_changes_no_weight():
+    text, probe = tokens(length=21), tokens()
+    models, losses, seen = [], [next_token_loss], []
+    losses.append(st.watching(probe, seen))
+    for loss in losses:
+        torch.manual_seed(1)
+        models.append(st.switch_(small(), 4))
+        fit(models[-1], [text], steps=3, seed=0, loss=loss, held_out=[text], progress=False)
+    assert len(seen) == 3 and seen[0].shape == (2, 60)
+    for one, other in zip(models[0].parameters(), models[1].parameters()):
+        assert torch.equal(one, other)

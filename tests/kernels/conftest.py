@@ -11,6 +11,18 @@ TOLERANCE = {
     torch.float16: {"atol": 2e-2, "rtol": 1e-2},
     torch.bfloat16: {"atol": 1e-1, "rtol": 5e-2},
 }
+# The same shape in memory that is not contiguous; what lies between is valid, but not the same.
+LAYOUTS = {
+    "strided": lambda t: torch.stack([t, t.roll(1, 0)], -1)[..., 0],
+    "transposed": lambda t: t.mT.contiguous().mT if t.ndim > 1 else LAYOUTS["strided"](t),
+    "expanded": lambda t: t[:1].expand_as(t),  # all rows the first
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request):
+    """A function from tensor to tensor, of the same shape but not contiguous."""
+    return LAYOUTS[request.param]
 
 
 @pytest.fixture

@@ -57,6 +57,25 @@ def test_outputs_and_gradients_equal_naive(case, device, gradients):
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
 
 
+def test_triton_in_any_layout(layout, device, dtype, close):
+    from lablib.kernels.grouped_linear import triton
+
+    x, weight, counts = map(layout, _inputs([4, 4, 4], 6, 5, device, dtype))
+    close(triton.product(x, weight, counts), naive.grouped_linear(x, weight, counts))
+    grad = layout(torch.randn(12, 5, device=device, dtype=dtype) / 16)
+    close(triton.outer(grad, x, counts), naive.grouped_outer(grad, x, counts))
+
+
+def test_outputs_and_gradients_in_any_layout(layout, device, gradients):
+    x, weight, counts = _inputs([4, 4, 4], 6, 5, device, torch.float32)
+
+    def laid(function):
+        return lambda x, weight: layout(function(layout(x), layout(weight), layout(counts)))
+
+    ours, expected = laid(grouped_linear), laid(naive.grouped_linear)
+    torch.testing.assert_close(gradients(ours, x, weight), gradients(expected, x, weight))
+
+
 @pytest.mark.parametrize("needed", [(True, False), (False, True)])
 def test_only_the_gradients_that_are_needed(needed):
     x, weight, counts = _inputs([3, 0, 2], 4, 5, "cpu", torch.float32)
@@ -150,6 +169,23 @@ def test_moe_mlp_in_chunks_of_any_size_equals_naive(activation, rows, gradients,
     )
     with torch.no_grad():
         torch.testing.assert_close(call(moe_mlp)(*floats), call(naive_mlp.moe_mlp)(*floats))
+
+
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+def test_moe_mlp_in_any_layout(activation, layout, gradients):
+    floats, token, counts = _mlp_inputs(activation, (4, 4, 4))
+
+    def laid(function):
+        def call(*floats):
+            x, weight, up, down = map(layout, floats)
+            place, sizes = layout(token), layout(counts)
+            return layout(function(x, place, weight, up, down, sizes, activation))
+
+        return call
+
+    torch.testing.assert_close(
+        gradients(laid(moe_mlp), *floats), gradients(laid(naive_mlp.moe_mlp), *floats)
+    )
 
 
 def test_chunks_take_whole_groups_in_order(monkeypatch):

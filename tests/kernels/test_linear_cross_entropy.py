@@ -52,6 +52,55 @@ def test_outputs_and_gradients_equal_naive(case, reduction, chunk, device, gradi
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("rows", ["cpu", "triton"])
+def test_in_any_layout(rows, layout, device, gradients, monkeypatch):
+    from lablib.kernels.linear_cross_entropy import triton
+
+    monkeypatch.setattr(module, "CHUNK", 5 * 11)
+    monkeypatch.setattr(module, "_rows", triton.rows if rows == "triton" else module._rows)
+    hidden, weight, target = _inputs(12, 8, 11, device, torch.float32, ignored=0)
+    target[5] = -100
+
+    def laid(function):
+        return lambda h, w: function(layout(h), layout(w), layout(target))
+
+    ours = gradients(laid(linear_cross_entropy), hidden, weight)
+    torch.testing.assert_close(ours, gradients(laid(naive.linear_cross_entropy), hidden, weight))
+
+
+def _gradient_errors(function, hidden, weight, target, loss_scale=2.0**16):
+    """Relative errors of float16 gradients under the loss scale that GradScaler begins with."""
+
+    def gradients(function, dtype, scale):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (hidden, weight)]
+        (scale * function(*leaves, target)).backward()
+        return [leaf.grad.float() / scale for leaf in leaves]
+
+    exact = gradients(naive.linear_cross_entropy, torch.float32, 1.0)
+    half = gradients(function, torch.float16, loss_scale)
+    return [float((a - b).norm() / b.norm()) for a, b in zip(half, exact, strict=True)]
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [("cpu", 8192), ("triton", 64)])
+def test_float16_gradients_are_as_exact_as_those_of_logits_then_loss(rows, tokens, monkeypatch):
+    from lablib.kernels.linear_cross_entropy import triton
+
+    monkeypatch.setattr(module, "CHUNK", 2048 * tokens // 4)
+    monkeypatch.setattr(module, "_rows", triton.rows if rows == "triton" else module._rows)
+    inputs = _inputs(tokens, 16, 2048, "cpu", torch.float16)
+    ours = _gradient_errors(linear_cross_entropy, *inputs)
+    plain = _gradient_errors(naive.linear_cross_entropy, *inputs)
+    assert max(plain) < 5e-4  # what rounding the results alone gives
+    assert ours[0] < 1.01 * plain[0]
+    assert ours[1] < 1.5 * plain[1]  # rounded once a chunk, and once more as a sum
+
+
+def test_float16_sums_over_many_tokens_do_not_overflow():
+    hidden, weight = torch.full((70_000, 1), 8.0).half(), torch.zeros(2, 1).half().requires_grad_()
+    linear_cross_entropy(hidden, weight, torch.zeros(70_000, dtype=torch.int64)).backward()
+    torch.testing.assert_close(weight.grad, torch.tensor([[-4.0], [4.0]]).half())
+
+
 @pytest.mark.parametrize("needed", [(True, False), (False, True), (False, False)])
 def test_only_the_gradients_that_are_needed(needed):
     hidden, weight, target = _inputs(9, 4, 11, "cpu", torch.float32)

@@ -57,6 +57,26 @@ def test_a_large_sort_is_stable_and_complete(device):
     assert torch.equal(counts, experts.bincount(minlength=7))
 
 
+def test_triton_in_any_layout(layout, device, dtype):
+    from lablib.kernels.route import triton
+
+    logits = layout(_logits(20, 6, device, dtype))
+    ours, expected = triton.route(logits, 2), naive.route(logits, 2)
+    torch.testing.assert_close(ours[0], expected[0])
+    for one, other in zip(ours[1:], expected[1:], strict=True):
+        assert torch.equal(one, other)
+    experts = layout(torch.arange(20, device=device) % 6)
+    counts, order = triton.sort_by_expert(experts, 6)
+    assert torch.equal(order, experts.argsort(stable=True))
+    assert torch.equal(counts, experts.bincount(minlength=6))
+
+
+def test_gradients_in_any_layout(layout, device, gradients):
+    logits = _logits(20, 6, device, torch.float32)
+    ours = gradients(lambda x: layout(route(layout(x), 2).probs), logits)
+    torch.testing.assert_close(ours, gradients(lambda x: layout(layout(x).softmax(-1)), logits))
+
+
 def test_half_precision_logits_are_routed_in_float32():
     logits = _logits(20, 6, "cpu", torch.float16)
     routing = route(logits, 2)

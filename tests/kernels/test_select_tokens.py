@@ -56,6 +56,39 @@ def test_merge_gives_naive_outputs_and_gradients(device, gradients):
     torch.testing.assert_close(ours, expected)
 
 
+def _merge_inputs(device, dtype):
+    torch.manual_seed(0)
+    x, rows = torch.randn(9, 4, device=device), torch.randn(12, 4, device=device)
+    weight, index = torch.rand(12, device=device), torch.randint(9, (12,), device=device)
+    return x.to(dtype), rows.to(dtype), index, weight.to(dtype)
+
+
+def test_triton_in_any_layout(layout, device, dtype, close):
+    from lablib.kernels.select_tokens import triton
+
+    x, mask = map(layout, _masked(20, 6, device, dtype, keep=0.7))
+    ours, expected = triton.select_tokens(x, mask), naive.select_tokens(x, mask)
+    assert all(map(torch.equal, ours, expected))
+    inputs = [layout(t) for t in _merge_inputs(device, dtype)]
+    close(triton.merge_tokens(*inputs), naive.merge_tokens(*inputs))
+
+
+def test_outputs_and_gradients_in_any_layout(layout, device, gradients):
+    x, rows, index, weight = _merge_inputs(device, torch.float32)
+    mask = torch.arange(9, device=device) % 3 != 1
+
+    def laid(select, merge):
+        def call(x, rows, weight):
+            merged = merge(layout(x), layout(rows), layout(index), layout(weight))
+            return layout(merged), layout(select(layout(x), layout(mask))[0])
+
+        return lambda *floats: torch.cat(call(*floats))
+
+    ours = gradients(laid(select_tokens, merge_tokens), x, rows, weight)
+    expected = gradients(laid(naive.select_tokens, naive.merge_tokens), x, rows, weight)
+    torch.testing.assert_close(ours, expected)
+
+
 def test_selecting_and_merging_nothing_new_gives_x_back():
     x = torch.randn(2, 3, 4)
     mask = torch.tensor([[True, False, True], [False, False, True]])

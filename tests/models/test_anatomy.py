@@ -58,6 +58,16 @@ def test_a_replaced_part_takes_effect(model):
     assert not torch.allclose(before, anatomy.logits(model, tokens))
 
 
+def test_one_projection_is_the_blocks_own(model):
+    every = list(anatomy.projections(model, "up").values())
+    assert anatomy.projection(model, 1, "up") is anatomy.projection(model, -1, "up") is every[1]
+    anatomy.replace_part(model, 0, "mlp", nn.Identity())
+    with pytest.raises(AttributeError):
+        anatomy.projection(model, 0, "up")
+    with pytest.raises(IndexError):
+        anatomy.projection(model, 2, "up")
+
+
 def test_an_unknown_model_or_role_is_named():
     with pytest.raises(ValueError, match="Linear has the layout of none"):
         anatomy.blocks(nn.Linear(2, 2))

@@ -28,6 +28,31 @@ def test_top_k_keeps_the_k_most_probable():
     torch.testing.assert_close(found, torch.tensor([2 / 3, 1 / 3, 0, 0]))
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-37, 1e-60])
+def test_a_tiny_temperature_is_as_greedy(temperature):
+    logits = 100 * LOGITS
+    assert next_token_probabilities(logits, temperature).tolist() == [1, 0, 0, 0]
+    masked = torch.tensor([-torch.inf, 2.0, 1.0])
+    assert next_token_probabilities(masked, temperature).tolist() == [0, 1, 0]
+
+
+def test_top_p_of_one_keeps_every_token():
+    torch.manual_seed(0)
+    logits = torch.randn(20, 5000)
+    found = next_token_probabilities(logits, top_p=1.0)
+    assert torch.equal(found, next_token_probabilities(logits))
+
+
+@pytest.mark.parametrize("options", [{"greedy": True}, {"seed": 0}, {"seed": 0, "top_k": 3}])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_choose_no_token(options, value):
+    broken = GPT(GPTConfig(50, 32, 1, 4, max_length=40))
+    with torch.no_grad():
+        broken.head.weight[7] = value
+    with pytest.raises(ValueError, match="no token can be chosen.*model's weights"):
+        broken.generate([1, 2], 3, **options)
+
+
 @pytest.mark.parametrize(("p", "kept"), [(0.1, 1), (0.49, 1), (0.6, 2), (0.8, 3), (1.0, 4)])
 def test_top_p_keeps_the_smallest_set_that_reaches_p(p, kept):
     found = next_token_probabilities(LOGITS[[2, 0, 3, 1]], top_p=p)[[1, 3, 0, 2]]
@@ -83,6 +108,9 @@ def test_generation_stops_at_eos_and_rows_stay_there(model):
     ("options", "message"),
     [
         ({"temperature": -1}, "temperature -1 is negative"),
+        ({"temperature": float("nan")}, "temperature nan is not finite"),
+        ({"temperature": float("inf")}, "temperature inf is not finite"),
+        ({"max_new_tokens": -1}, "max_new_tokens -1 is negative"),
         ({"top_k": 0}, "top_k 0 keeps no token"),
         ({"top_p": 1.5}, "top_p 1.5 is not in"),
         ({"max_new_tokens": 40}, "41 tokens are more than the model's max_length 40"),

@@ -45,6 +45,30 @@ def test_rotary_scores_depend_on_distance_alone():
     assert not torch.allclose(near, (turned(4) * turned(1)).sum())
 
 
+def test_compiled_without_a_break_at_other_lengths():
+    model, tokens = tiny(), torch.randint(50, (2, 24))
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    for length in (5, 9, 13, 24, 2):
+        part = tokens[:, :length]
+        torch.testing.assert_close(compiled(part), model(part))
+    assert len(graphs) == 2  # of the first length, then of any
+    torch.testing.assert_close(compiled(tokens[:, :1]), model(tokens[:, :1]))
+
+
+def test_compiled_with_a_cache():
+    model, tokens = tiny(), torch.randint(50, (2, 12))
+    cache, compiled = model.new_cache(), torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        parts = [compiled(part, cache) for part in tokens.split([5, 1, 1, 1, 4], 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), model(tokens), atol=1e-5, rtol=1e-5)
+
+
 def test_a_replaced_mlp_is_used_and_trained():
     model, tokens = tiny(), torch.randint(50, (1, 6))
     before = model(tokens)

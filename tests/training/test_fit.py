@@ -11,7 +11,14 @@ from torch import nn
 
 from lablib.data import Batches, TokenData
 from lablib.models import GPT, GPTConfig
-from lablib.training import NonFiniteLoss, evaluate, fit, learning_rate_factor, next_token_loss
+from lablib.training import (
+    NonFiniteLoss,
+    adamw,
+    evaluate,
+    fit,
+    learning_rate_factor,
+    next_token_loss,
+)
 
 TOKENS = torch.arange(600) ** 2 % 31
 
@@ -105,7 +112,7 @@ def test_auxiliary_losses_are_added_to_what_is_minimized():
             return self.net(tokens)
 
     net, plain = Pushed(), model()
-    history = train(net, steps=20, lr=0.01, weight_decay=0.0)
+    history = train(net, steps=20, optimizer=adamw(0.01, weight_decay=0.0))
     assert net.extra.item() < 0.95
     assert history.losses[0] == pytest.approx(train(plain).losses[0], abs=1e-6)
 
@@ -118,7 +125,8 @@ def test_any_loss_and_any_iterable():
     def squared(module, batch):
         return (module(batch[0]) - batch[1]).pow(2).mean()
 
-    history = train(net, data, loss=squared, steps=150, lr=0.05, weight_decay=0.0)
+    optimizer = adamw(0.05, weight_decay=0.0)
+    history = train(net, data, loss=squared, steps=150, optimizer=optimizer)
     assert history.losses[-1] < 1e-2
     torch.testing.assert_close(net.weight, torch.ones(1, 3), atol=0.1, rtol=0)
 
@@ -145,6 +153,15 @@ def test_evaluate_weighs_rows_and_restores_the_mode():
     [
         ({"data": [], "steps": 3}, "no more batches after 0 of 3"),
         ({"schedule": "linear"}, "'linear' is none of cosine, wsd, constant"),
+        ({"steps": -1}, "steps is -1: give 0 or more"),
+        ({"accumulate": 0}, "accumulate is 0: give 1"),
+        ({"clip": -1}, "clip is -1: give a norm above 0"),
+        ({"warmup": -2}, "warmup is -2"),
+        ({"held_out_every": 2}, "held_out_every is 2, but there are no held_out batches"),
+        ({"held_out": [], "held_out_every": 2}, "held_out is empty"),
+        ({"held_out": Batches(TOKENS, 4, 8)}, "held_out is a Batches, which has no end"),
+        ({"lr": 0.1, "optimizer": adamw()}, "lr is given beside an optimizer"),
+        ({"data": ["words"]}, "a batch is a tensor, or a tuple, list or mapping"),
     ],
 )
 def test_bad_input_is_named(options, message):

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from lablib.kernels.autocast import cast, same_dtype
+from lablib.kernels.derivatives import forward_mode
+from lablib.kernels.grouped_linear import naive
 from lablib.kernels.memory import empty
 
 
@@ -26,7 +28,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         )
     x, weight = cast(x, weight)
     same_dtype("grouped_linear", x=x, weight=weight)
-    return _product(x, weight, counts)
+    return _multiply(x, weight, counts)
 
 
 def bounds(rows: int, counts: Tensor) -> list[tuple[int, int, int]]:
@@ -96,6 +98,14 @@ def _(grad, x, counts):
     return x.new_empty(counts.shape[0], grad.shape[1], x.shape[1])
 
 
+def _multiply(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return (naive.grouped_linear if forward_mode() else _product)(x, weight, counts)
+
+
+def _multiply_outer(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    return (naive.grouped_outer if forward_mode() else _outer)(grad, x, counts)
+
+
 def _keep(ctx, inputs, output):
     x, weight, counts = inputs
     need_x, need_weight = ctx.needs_input_grad[:2]
@@ -105,8 +115,8 @@ def _keep(ctx, inputs, output):
 def _gradients(ctx, grad):
     x, weight, counts = ctx.saved_tensors
     grad = grad.contiguous()
-    by_x = None if weight is None else _product(grad, weight.transpose(1, 2), counts)
-    by_weight = None if x is None else _outer(grad, x, counts)
+    by_x = None if weight is None else _multiply(grad, weight.transpose(1, 2), counts)
+    by_weight = None if x is None else _multiply_outer(grad, x, counts)
     return by_x, by_weight, None
 
 
@@ -119,8 +129,8 @@ def _keep_outer(ctx, inputs, output):
 
 def _gradients_of_outer(ctx, grad):
     left, right, counts = ctx.saved_tensors
-    by_left = _product(right, grad, counts)
-    return by_left, _product(left, grad.transpose(1, 2), counts), None
+    by_left = _multiply(right, grad, counts)
+    return by_left, _multiply(left, grad.transpose(1, 2), counts), None
 
 
 # The weight's gradient is itself differentiable, so that second derivatives are, too.

@@ -6,12 +6,17 @@ logits-then-loss needs, and one chunk of memory. The approach of Cut Cross-Entro
 al., 2024) and Liger Kernel (Hsu et al., 2024), of whom the latter chunks as we do.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from lablib.kernels.autocast import cast, same_dtype
+from lablib.kernels.derivatives import by_definition, forward_mode
+from lablib.kernels.linear_cross_entropy import naive
 
 CHUNK = 2**25  # logits held at once: 128 MiB in float32
+HALF_PEAK = 64.0  # float16 gradients of logits are scaled to at most this, against underflow
 
 
 def linear_cross_entropy(
@@ -26,7 +31,8 @@ def linear_cross_entropy(
     hidden: (..., d); weight: (vocab, d), as nn.Linear's and nn.Embedding's; target: (...) int64,
     hidden's leading axes; those that equal ignore_index do not count.
     Returns a float32 scalar, the "mean" or "sum" over what counts (the mean of nothing is nan, as
-    in PyTorch), once differentiable in hidden and weight.
+    in PyTorch), differentiable in hidden and weight. Gradients that will be differentiated again
+    (create_graph=True) and forward-mode ones hold all logits at once.
     Raises ValueError when shapes or targets (on CPU) do not fit or for another reduction,
     TypeError when dtypes differ.
     """
@@ -39,10 +45,12 @@ def linear_cross_entropy(
         raise ValueError(f"reduction {reduction!r} is neither 'mean' nor 'sum'")
     hidden, weight = cast(hidden, weight)
     same_dtype("linear_cross_entropy", hidden=hidden, weight=weight)
-    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat, labels = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     mean = reduction == "mean"
-    return _loss(flat, weight, target.reshape(-1), ignore_index, mean, *wanted)[0]
+    if forward_mode():
+        return naive.linear_cross_entropy(flat, weight, labels, ignore_index, mean)
+    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
+    return _loss(flat, weight, labels, ignore_index, mean, *wanted)[0]
 
 
 def _rows(logits: Tensor, target: Tensor, scale: float, ignore: int, gradient: bool) -> Tensor:
@@ -71,24 +79,53 @@ def _check(target: Tensor, vocab: int, ignore: int) -> None:
 
 
 def _chunks(hidden, weight, target, ignore_index, mean, want_hidden, want_weight, rows):
-    """(loss, gradient of hidden, gradient of weight); a gradient not wanted is empty."""
+    """(loss, gradient of hidden, gradient of weight), float32; a gradient not wanted is empty."""
     kept = (target != ignore_index).sum()
-    scale = 1.0 / max(int(kept), 1) if mean else 1.0
-    gradient = want_hidden or want_weight
-    total = hidden.new_zeros((), dtype=torch.float32)
-    by_hidden = torch.empty_like(hidden) if want_hidden else hidden.new_empty(0)
-    shape = weight.shape if want_weight else (0,)
-    by_weight = weight.new_zeros(shape, dtype=torch.float32)
+    share = 1.0 / max(int(kept), 1) if mean else 1.0
+    half = hidden.dtype == torch.float16
     size = max(1, CHUNK // max(1, weight.shape[0]))
+    scale = share * _power_of_two(HALF_PEAK / share) if half else share
+    shrink = _shrink(hidden, min(size, len(target)) * scale) if half and want_weight else 1.0
+    total = hidden.new_zeros((), dtype=torch.float32)
+    by_hidden = hidden.new_empty(hidden.shape if want_hidden else 0, dtype=torch.float32)
+    by_weight = weight.new_zeros(weight.shape if want_weight else 0, dtype=torch.float32)
     for start in range(0, len(target), size):
         part = slice(start, start + size)
         logits = hidden[part] @ weight.t()
+        gradient = want_hidden or want_weight
         total += rows(logits, target[part], scale, ignore_index, gradient).sum()
         if want_hidden:
-            torch.mm(logits, weight, out=by_hidden[part])
+            _put_product(by_hidden[part], logits, weight)
         if want_weight:
-            _add_product(by_weight, logits, hidden[part])
-    return (total / kept if mean else total), by_hidden, by_weight.to(weight.dtype)
+            _add_product(by_weight, logits, hidden[part] * shrink if half else hidden[part])
+    if half:
+        by_hidden *= share / scale
+        by_weight *= share / (scale * shrink)
+    return (total / kept if mean else total), by_hidden, by_weight
+
+
+def _shrink(hidden: Tensor, most: float) -> float:
+    """What to multiply hidden with before sums of up to most * its largest entry.
+
+    The sums then stay within float16, whose largest number is just below 2^16.
+    """
+    peak = float(hidden.abs().amax()) if hidden.numel() else 0.0
+    if not 0.0 < peak < math.inf:
+        return 1.0
+    return _power_of_two(2.0**15 / (most * peak))
+
+
+def _power_of_two(most: float) -> float:
+    """The largest power of two that is at most `most`: a factor that rounds nothing."""
+    return 2.0 ** math.floor(math.log2(most))
+
+
+def _put_product(to: Tensor, left: Tensor, right: Tensor) -> None:
+    """to = left @ right, where to may be wider."""
+    if to.dtype == left.dtype:
+        torch.mm(left, right, out=to)
+    else:
+        to.copy_(left @ right)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -124,22 +161,29 @@ def _(hidden, weight, target, ignore_index, mean, want_hidden, want_weight):
 def _(hidden, weight, target, ignore_index, mean, want_hidden, want_weight):
     return (
         hidden.new_empty((), dtype=torch.float32),
-        torch.empty_like(hidden) if want_hidden else hidden.new_empty(0),
-        torch.empty_like(weight) if want_weight else weight.new_empty(0),
+        hidden.new_empty(hidden.shape if want_hidden else 0, dtype=torch.float32),
+        weight.new_empty(weight.shape if want_weight else 0, dtype=torch.float32),
     )
 
 
 def _keep(ctx, inputs, output):
-    ctx.save_for_backward(output[1], output[2])
-    ctx.wanted = inputs[5:]
+    hidden, weight, target, ctx.ignore_index, ctx.mean, *ctx.wanted = inputs
+    ctx.save_for_backward(hidden, weight, target, *output[1:])
 
 
-def _scale(ctx, grad, *_):
-    both = [
-        (g * grad).to(g.dtype) if wanted else None
-        for g, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
-    ]
+def _gradients(ctx, grad, *_):
+    hidden, weight, target, *ready = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        both = by_definition(
+            lambda h, w: naive.linear_cross_entropy(h, w, target, ctx.ignore_index, ctx.mean),
+            (hidden, weight), ctx.wanted, grad,
+        )  # fmt: skip
+    else:  # in float32 until the loss scale, which grad is under half precision, has been applied
+        both = [
+            (gradient * grad).to(hidden.dtype) if wanted else None
+            for gradient, wanted in zip(ready, ctx.wanted, strict=True)
+        ]
     return *both, None, None, None, None, None
 
 
-_loss.register_autograd(_scale, setup_context=_keep)
+_loss.register_autograd(_gradients, setup_context=_keep)

@@ -41,6 +41,7 @@ def rows(logits: Tensor, target: Tensor, scale: float, ignore_index: int, gradie
     block = min(4096, triton.next_power_of_2(logits.shape[1]))
     if len(logits):
         _rows[(len(logits),)](
-            logits, target, losses, logits.shape[1], scale, ignore_index, gradient, block
-        )
+            logits, target.contiguous(), losses, logits.shape[1], scale, ignore_index, gradient,
+            block,
+        )  # fmt: skip
     return losses

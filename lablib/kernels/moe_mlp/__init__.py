@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lablib.kernels.autocast import cast, same_dtype
+from lablib.kernels.derivatives import by_definition, forward_mode
 from lablib.kernels.grouped_linear import bounds, grouped_linear, zero_empty
 from lablib.kernels.memory import empty
+from lablib.kernels.moe_mlp import naive
 from lablib.kernels.select_tokens import merge_tokens
 
 ACTIVATIONS = ("relu", "swiglu")
@@ -36,8 +38,8 @@ def moe_mlp(
     x: (tokens, dim); token: (rows,) int64, sorted by r's group g, repeats allowed; weight: (rows,);
     up: (groups, hidden, dim); down: (groups, dim, width); counts: (groups,) int64, sum rows.
     hidden is width for "relu", and 2 width for "swiglu": silu(first half) * second half.
-    Returns (tokens, dim), zero for tokens without rows; differentiable in x, weight, up and down,
-    once on CPU outside torch.compile. Follows autocast.
+    Returns (tokens, dim), zero for tokens without rows; differentiable in x, weight, up and down.
+    Follows autocast.
     Raises ValueError for another activation or shapes that don't fit, TypeError for mixed dtypes.
     """
     _check(x, token, weight, up, down, activation)
@@ -48,7 +50,8 @@ def moe_mlp(
         return merge_tokens(rows.new_zeros(x.shape), rows, token, weight)
     x, up, down = cast(x, up, down)
     same_dtype("moe_mlp", x=x, up=up, down=down)
-    return _PerChunk.apply(x, token, weight.to(x.dtype), up, down, counts, activation)
+    one = naive.moe_mlp if forward_mode() else _PerChunk.apply
+    return one(x, token, weight.to(x.dtype), up, down, counts, activation)
 
 
 def _check(x, token, weight, up, down, activation) -> None:
@@ -136,13 +139,14 @@ class _PerChunk(torch.autograd.Function):
             row = rows[part] if keep else taken  # read already, so free to be written
             chunk.multiply(_activate(inner, activation), down_t, row)
             out.index_add_(0, token[part], row * weight[part, None])
-        ctx.save_for_backward(x, token, weight, up, down, hidden, rows)
+        ctx.save_for_backward(x, token, weight, up, down, counts, hidden, rows)
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, token, weight, up, down, hidden, rows = ctx.saved_tensors
+        if torch.is_grad_enabled() or forward_mode():
+            return _by_definition(ctx, grad)
+        x, token, weight, up, down, _, hidden, rows = ctx.saved_tensors
         needs_x, _, needs_weight, needs_up, needs_down, *_ = ctx.needs_input_grad
         by_x = empty(x, *x.shape).zero_() if needs_x else None
         by_weight = torch.empty_like(weight) if needs_weight else None
@@ -168,3 +172,14 @@ class _PerChunk(torch.autograd.Function):
             if needs_x:
                 by_x.index_add_(0, place, chunk.multiply(by_inner, up, by_row))
         return by_x, None, by_weight, by_up, by_down, None, None
+
+
+def _by_definition(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """What `_PerChunk.backward` returns, differentiable in its turn."""
+    x, token, weight, up, down, counts, *_ = ctx.saved_tensors
+    needs_x, _, *needed, _, _ = ctx.needs_input_grad
+    by_x, *others = by_definition(
+        lambda x, *matrices: naive.moe_mlp(x, token, *matrices, counts, ctx.activation),
+        (x, weight, up, down), (needs_x, *needed), grad,
+    )  # fmt: skip
+    return by_x, None, *others, None, None

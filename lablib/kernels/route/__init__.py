@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lablib.kernels.derivatives import forward_mode
+from lablib.kernels.route import naive
+
 
 class Routing(NamedTuple):
     """Where each token goes. Assignment a = token * top_k + choice.
@@ -38,7 +41,8 @@ def route(logits: Tensor, top_k: int, softmax: str = "before") -> Routing:
         raise ValueError(f"top_k {top_k} of {logits.shape[1]} experts")
     if softmax not in ("before", "after"):
         raise ValueError(f"softmax {softmax!r} is neither 'before' nor 'after' the selection")
-    probs, experts, counts, order = _route(logits, top_k)
+    one = naive.route if forward_mode() else _route
+    probs, experts, counts, order = one(logits, top_k)
     if softmax == "before":
         weights = probs.gather(1, experts)
     else:

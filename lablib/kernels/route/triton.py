@@ -69,6 +69,7 @@ def sort_by_expert(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     Each block of assignments counts its own; a running sum over blocks within experts says where
     each block writes. No atomics, so the order is stable and runs repeat exactly.
     """
+    experts = experts.contiguous()
     n, width = len(experts), triton.next_power_of_2(n_experts)
     order = torch.empty_like(experts)
     if n == 0:

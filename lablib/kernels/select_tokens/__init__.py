@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from lablib.kernels.autocast import same_dtype
+from lablib.kernels.derivatives import forward_mode
+from lablib.kernels.select_tokens import naive
 
 
 def select_tokens(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,7 +22,8 @@ def select_tokens(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         raise TypeError(f"mask is {mask.dtype}: select_tokens keeps where a bool mask is true")
     if x.shape[:-1] != mask.shape:
         raise ValueError(f"mask {tuple(mask.shape)} for x {tuple(x.shape)}: leading axes differ")
-    return _select(x.reshape(-1, x.shape[-1]), mask.reshape(-1))
+    select = naive.select_tokens if forward_mode() else _select
+    return select(x.reshape(-1, x.shape[-1]), mask.reshape(-1))
 
 
 def merge_tokens(x: Tensor, rows: Tensor, index: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -40,7 +43,8 @@ def merge_tokens(x: Tensor, rows: Tensor, index: Tensor, weight: Tensor | None =
     same_dtype("merge_tokens", x=x, rows=rows)
     if weight is not None:
         weight = weight.to(x.dtype)
-    return _merge(x.reshape(-1, x.shape[-1]), rows, index, weight).view(x.shape)
+    merge = naive.merge_tokens if forward_mode() else _merge
+    return merge(x.reshape(-1, x.shape[-1]), rows, index, weight).view(x.shape)
 
 
 @torch.library.custom_op("lablib::select_tokens", mutates_args=(), device_types="cpu")

@@ -58,7 +58,7 @@ def merge_tokens(x: Tensor, rows: Tensor, index: Tensor, weight: Tensor | None =
     grid = tokens, triton.cdiv(d, block)
     weighted = weight is not None
     _merge[grid](
-        x.contiguous(), rows.contiguous(), first, order, weight if weighted else rows, out, d,
-        weighted, block,
+        x.contiguous(), rows.contiguous(), first, order, weight.contiguous() if weighted else rows,
+        out, d, weighted, block,
     )  # fmt: skip
     return out

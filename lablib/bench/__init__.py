@@ -1,0 +1,33 @@
+"""`python -m lablib bench`: each benchmark prints its own table."""
+
+from lablib.papers import papers
+from lablib.paths import project_dir
+
+
+def time_kernels(tier: str | None = None) -> None:
+    """Time every op of lablib.kernels against naive, torch.compile and the best peer."""
+    from lablib.bench.kernels import bench_kernels
+
+    bench_kernels()
+
+
+def time_training(tier: str | None = None) -> None:
+    """Time `fit` against a bare PyTorch loop and against transformers' own model."""
+    from lablib.bench.training import bench_training
+
+    bench_training()
+
+
+def time_labs(tier: str | None = None) -> None:
+    """Run every lab at a tier (smoke unless told) and hold it against the tier's budget."""
+    from lablib.evidence.verify import budget_line, run
+
+    tier = tier or "smoke"
+    root = project_dir()
+    paths = [found.paths["lab"] for found in papers() if found.present]
+    for path in [root / "labs" / "00-start-here.ipynb", *paths]:
+        _, seen = run(path, tier)
+        print(budget_line(path.stem, tier, seen["seconds"], seen["peak_gb"]), flush=True)
+
+
+BENCHMARKS = {"kernels": time_kernels, "training": time_training, "labs": time_labs}

@@ -1,0 +1,252 @@
+"""What was measured, as tables, and what is wrong with it. Nothing in a table is typed by hand."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from lablib.evidence.claims import REPRODUCED, judge
+from lablib.evidence.fingerprints import notebook_hash
+from lablib.evidence.studies import Study, other_content, pinned
+from lablib.files import atomic_write
+from lablib.papers import Paper, papers, theme_folder, themes
+from lablib.paths import project_dir
+
+BEGIN, END = "<!-- coverage: begin -->", "<!-- coverage: end -->"
+MARKS = {REPRODUCED: "✔ reproduced", "not reproduced at this scale": "✘ not reproduced"}
+
+
+@dataclass(frozen=True)
+class State:
+    """What is stored of one paper, each file read once."""
+
+    paper: Paper
+
+    @cached_property
+    def present(self) -> bool:
+        """Whether the lab is there."""
+        return self.paper.present
+
+    @cached_property
+    def result(self) -> dict | None:
+        """The stored result; None when there is none. Raises ValueError for a broken file."""
+        path = self.paper.paths["result"]
+        try:
+            return json.loads(path.read_text("utf-8")) if path.is_file() else None
+        except ValueError as error:
+            raise ValueError(f"{path.name} can't be read: {error}") from None
+
+    @cached_property
+    def stale(self) -> bool:
+        """Whether what the lab computes its claims from has changed since it was verified."""
+        lab = self.paper.paths["lab"]
+        return bool(self.result) and self.result.get("code") != notebook_hash(lab)
+
+    @cached_property
+    def verdicts(self) -> dict[str, dict]:
+        """Claim id -> stored verdict."""
+        return {row["claim"]: row for row in self.result["claims"]} if self.result else {}
+
+    @property
+    def reproduced(self) -> int:
+        """How many claims were reproduced."""
+        return sum(row["verdict"] == REPRODUCED for row in self.verdicts.values())
+
+    @property
+    def line(self) -> str:
+        """planned, present, stale, or how many of the claims were reproduced."""
+        if not self.present:
+            return "planned"
+        if self.result is None:
+            return "present, not measured"
+        return "stale" if self.stale else f"{self.reproduced} of {len(self.verdicts)} reproduced"
+
+
+def states() -> list[State]:
+    """One a paper, in the order of the labs."""
+    return [State(paper) for paper in papers()]
+
+
+def tables() -> dict[Path, str]:
+    """Every file that is generated, wholly or between its markers, and what it should hold."""
+    root = project_dir()
+    if root is None:
+        raise FileNotFoundError("tables are rendered in a checkout: the README is not in the wheel")
+    rows = states()
+    made = {root / "labs" / "README.md": _labs(rows)}
+    for theme, about in themes().items():
+        mine = [row for row in rows if row.paper.theme == theme and row.present]
+        if mine:
+            folder = root / "labs" / theme_folder(about["number"], theme)
+            made[folder / "README.md"] = _theme(about["title"], mine)
+    readme = root / "README.md"
+    made[readme] = between_markers(readme.read_text("utf-8"), _overview(rows))
+    return made
+
+
+def _overview(rows: list[State]) -> str:
+    """The README's part: one line a theme."""
+    lines = ["| theme | labs | claims reproduced |", "| --- | --- | --- |"]
+    for theme, about in themes().items():
+        mine = [row for row in rows if row.paper.theme == theme]
+        there = [row for row in mine if row.present]
+        title = f"{about['number']}. {about['title']}"
+        if there:
+            title = f"[{title}](labs/{theme_folder(about['number'], theme)}/README.md)"
+        judged = sum(len(row.verdicts) for row in there)
+        score = f"{sum(row.reproduced for row in there)} of {judged}" if there else ""
+        lines.append(f"| {title} | {len(there)} of {len(mine)} | {score} |")
+    return "\n".join(lines)
+
+
+def _labs(rows: list[State]) -> str:
+    """labs/README.md: a row a paper whose lab is there."""
+    there = [row for row in rows if row.present]
+    lines = [
+        "# The labs",
+        "",
+        f"{len(there)} of {len(rows)} papers have their lab. Start with "
+        "[00](00-start-here.ipynb). `python -m lablib papers` lists all papers.",
+        "",
+        "| lab | paper | reproduced | not reproduced at this scale | minutes |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in there:
+        paper = row.paper
+        lab = f"[{paper.lab}]({theme_folder(paper.part, paper.theme)}/{paper.lab_name})"
+        missed = len(row.verdicts) - row.reproduced
+        counts = (str(row.reproduced), str(missed)) if row.result else ("not measured", "")
+        lines.append(_row(lab, _title(paper), counts[0] + _stale(row), counts[1], _minutes(row)))
+    return "\n".join(lines) + "\n"
+
+
+def _theme(title: str, rows: list[State]) -> str:
+    """labs/NN-theme/README.md: a row a claim."""
+    lines = [f"# {title}", ""]
+    for row in rows:
+        paper = row.paper
+        lines += [
+            f"## [{paper.lab}]({paper.lab_name}): {_title(paper)}",
+            "",
+            f"{_minutes(row)} minutes." if row.result else "Not measured yet.",
+            "",
+            "| claim | the paper | here | verdict |",
+            "| --- | --- | --- | --- |",
+            *_claims(row),
+            "",
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _claims(row: State) -> Iterator[str]:
+    for claim in row.paper.claims:
+        stored = row.verdicts.get(claim.id)
+        if stored is None:
+            yield _row(f"{claim.text} *({claim.kind})*", claim.paper, "", "not measured")
+            continue
+        mark = MARKS.get(stored["verdict"], stored["verdict"]) + _stale(row)
+        here = f"{stored['summary']}. {stored['note']}".strip()
+        yield _row(f"{claim.text} *({claim.kind})*", claim.paper, here, mark)
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _title(paper: Paper) -> str:
+    return f"{paper.title} ({paper.date[:4]})"
+
+
+def _stale(row: State) -> str:
+    return " (stale)" if row.stale else ""
+
+
+def _minutes(row: State) -> str:
+    if not row.result:
+        return ""
+    return f"{row.result['seconds'] / 60:.1f} ({row.result['tier']})"
+
+
+def between_markers(text: str, table: str) -> str:
+    """The text with `table` between its markers. Raises ValueError without them."""
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"the README lacks {BEGIN} and {END}")
+    head, rest = text.split(BEGIN, 1)
+    return f"{head}{BEGIN}\n{table}\n{END}{rest.split(END, 1)[1]}"
+
+
+def update() -> list[Path]:
+    """Write every table that is not as it should be; which these were."""
+    changed = []
+    for path, text in tables().items():
+        if not path.is_file() or path.read_text("utf-8") != text:
+            with atomic_write(path) as temporary:
+                temporary.write_text(text, "utf-8")
+            changed.append(path)
+    return changed
+
+
+def problems() -> list[str]:
+    """What `coverage --check` finds wrong: old tables, missing, stale and doubtful results."""
+    again = "run `python -m lablib coverage`"
+    found = [
+        f"{path.name} in {path.parent.name} is not as generated: {again}"
+        for path, text in tables().items()
+        if not path.is_file() or path.read_text("utf-8") != text
+    ]
+    for row in states():
+        if row.present:
+            found += problems_of(row)
+    return found
+
+
+def problems_of(row: State) -> list[str]:
+    """What is wrong with one present paper's evidence."""
+    slug = row.paper.slug
+    again = f"run `python -m lablib verify {slug} --save`"
+    if row.result is None:
+        return [f"{slug} was never measured: {again}"]
+    found = [f"the result of {slug} is stale: {again}"] if row.stale else []
+    ids = [claim["claim"] for claim in row.result["claims"]]
+    known = [claim.id for claim in row.paper.claims]
+    found += [f"{slug} has {ids.count(i)} entries for {i}" for i in set(ids) if ids.count(i) > 1]
+    found += [f"{slug} has an entry for {i}, no claim of its" for i in sorted({*ids} - {*known})]
+    found += [f"{slug} has no entry for {i}: {again}" for i in known if i not in ids]
+    found += [
+        f"{slug} was measured on another {name} than there is here"
+        for name in other_content(row.result["content"])
+        if pinned(name)
+    ]
+    found += _judged_again(row, set(ids) & set(known))
+    study = Study(row.paper)
+    return found + (study.problems(canary=False) if study.exists else [])
+
+
+def _judged_again(row: State, ids: set[str]) -> list[str]:
+    """Where a stored verdict is not what its stored values, or the study's runs, give."""
+    study = Study(row.paper)
+    runs = study.exists and study.path.is_file()
+    values = study.module.values(study.runs()) if runs else {}
+    found = []
+    for stored in row.result["claims"]:
+        if stored["claim"] not in ids:
+            continue
+        claim = row.paper.claim(stored["claim"])
+        from_study = stored["source"] == "study"
+        if claim.kind == "direction" and not from_study:
+            found.append(f"{row.paper.slug}, {claim.id}: a direction is judged on a study's runs")
+        if from_study and claim.id not in values:
+            found.append(f"{row.paper.slug}, {claim.id}: the study gives no values for it")
+            continue
+        try:
+            again = judge(claim, values[claim.id] if from_study else stored["values"])
+        except (ValueError, KeyError, TypeError) as error:
+            found.append(f"{row.paper.slug}, {claim.id}: {error}")
+            continue
+        if (again.verdict, again.summary) != (stored["verdict"], stored["summary"]):
+            found.append(
+                f"{row.paper.slug}, {claim.id}: stored is {stored['verdict']!r} "
+                f"({stored['summary']}), its values give {again.verdict!r} ({again.summary})"
+            )
+    return found

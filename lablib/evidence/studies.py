@@ -1,0 +1,360 @@
+"""Studies: runs made once, stored, judged, and open to be repeated.
+
+A study is a module `lablib/studies/<slug>.py`, plain code:
+- `run(**point) -> dict` builds, trains and evaluates one point. JSON numbers, texts and short lists
+  come back; a key that ends in "seconds" is a time, which no repetition compares.
+- `POINTS`: the judging points; `TUNING`: points on other seeds, on which the design was fixed;
+  `CANARY`: one tiny point, under 2 s. `GPU_POINTS`, where a GPU allows more.
+- `values(runs) -> {claim id: values}` for `judge`; a run is its point and its result in one dict.
+- `ROLES`: {claim id: {"method": part of a point, "baseline": ..., "control": ...}}, which runs each
+  direction claim compares; or the names of two results of one run. Tests exchange them, and put
+  the control in the method's place, and expect another verdict.
+Its runs lie in `data/studies/<slug>.jsonl`: a header, then one run a line.
+"""
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lablib.evidence import fingerprints
+from lablib.evidence.claims import Pair, Verdict, judge
+from lablib.evidence.sweeps import call, sweep
+from lablib.files import atomic_write
+from lablib.papers import Paper
+from lablib.paths import cache_dir
+
+Run = dict[str, Any]
+PACKAGES = ("torch", "lightning", "transformers", "numpy", "scipy", "plotly", "ipywidgets")
+ALLOWED = 1e-4  # a canary's difference, relative to its value or to 1
+LIMIT_KB = 200
+
+
+class StudyError(RuntimeError):
+    """A study's file and its module do not fit; the message says what, and the way out."""
+
+
+def matching(runs: Iterable[Run], **where: Any) -> list[Run]:
+    """The runs that have these values."""
+    return [run for run in runs if all(run.get(key) == value for key, value in where.items())]
+
+
+def paired(
+    runs: Sequence[Run],
+    method: Mapping[str, Any],
+    baseline: Mapping[str, Any],
+    value: str | Callable[[Run], float],
+) -> list[Pair]:
+    """One `Pair` a seed that both have: `value` of the method's run, and of the baseline's.
+
+    value: a key of the result, or a function of the run. Raises StudyError when they share no seed,
+    or a side has two runs of one seed. That no planned run is missing is `Study.runs`' concern.
+    """
+    get = value if callable(value) else lambda run: run[value]
+    ours, theirs = _by_seed(runs, method), _by_seed(runs, baseline)
+    if not (seeds := sorted(ours.keys() & theirs.keys())):
+        raise StudyError(f"{dict(method)} and {dict(baseline)} share no seed")
+    return [Pair(seed, get(ours[seed]), get(theirs[seed])) for seed in seeds]
+
+
+def _by_seed(runs: Sequence[Run], where: Mapping[str, Any]) -> dict[int, Run]:
+    found: dict[int, Run] = {}
+    for run in matching(runs, **where):
+        if found.setdefault(run["seed"], run) is not run:
+            raise StudyError(f"two runs of seed {run['seed']} have {dict(where)}")
+    return found
+
+
+Role = Mapping[str, Any] | str
+
+
+def exchanged(runs: Sequence[Run], first: Role, second: Role) -> list[Run]:
+    """The runs with two of their kinds, or two of their results, exchanged.
+
+    What a test of a verdict judges: it must turn.
+    """
+    if isinstance(first, str):
+        return [
+            run | {first: run[second], second: run[first]} if first in run else run for run in runs
+        ]
+    return [_relabelled(run, first, second) for run in runs]
+
+
+def replaced(runs: Sequence[Run], method: Role, control: Role) -> list[Run]:
+    """The runs with the control's kind, or result, in the place of the method's."""
+    if isinstance(method, str):
+        return [run | {method: run[control]} if control in run else run for run in runs]
+    rest = [run for run in runs if not matching([run], **method)]
+    return rest + [run | dict(method) for run in matching(runs, **control)]
+
+
+def _relabelled(run: Run, first: Mapping[str, Any], second: Mapping[str, Any]) -> Run:
+    for old, new in ((first, second), (second, first)):
+        if matching([run], **old):
+            return run | dict(new)
+    return run
+
+
+@dataclass(frozen=True)
+class Study:
+    """A paper's study: its module, and what is stored of it."""
+
+    paper: Paper
+
+    @property
+    def module(self) -> ModuleType:
+        """The study's code."""
+        return importlib.import_module(f"lablib.studies.{self.paper.name}")
+
+    @property
+    def path(self) -> Path:
+        """Where its runs lie."""
+        return self.paper.paths["runs"]
+
+    @property
+    def exists(self) -> bool:
+        """Whether the paper has a study."""
+        return self.paper.paths["study"].is_file()
+
+    def code(self) -> str:
+        """The hash of what `run` reaches."""
+        return fingerprints.code_hash(f"studies.{self.paper.name}:run")
+
+    def read(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The header and the rows, {"point", "result", "seconds"}, as they are stored.
+
+        Raises StudyError when nothing is stored, or a line can't be read.
+        """
+        if not self.path.is_file():
+            raise StudyError(
+                f"{self.paper.slug} has no runs yet: `python -m lablib study {self.paper.slug}`"
+            )
+        try:
+            header, *rows = map(json.loads, self.path.read_text("utf-8").splitlines())
+        except ValueError as error:
+            raise StudyError(f"{self.path.name} can't be read: {error}") from None
+        return header, rows
+
+    def runs(self, points: str = "POINTS") -> list[Run]:
+        """The stored runs of `POINTS` (or `TUNING`, `GPU_POINTS`), each point and result in one.
+
+        Raises StudyError when one is missing.
+        """
+        _, rows = self.read()
+        known = {_text(row["point"]): row for row in rows}
+        wanted = [_text(point) for point in getattr(self.module, points, [])]
+        missing = [text for text in wanted if text not in known]
+        if missing:
+            raise StudyError(f"{self.path.name} lacks {len(missing)} runs, such as {missing[0]}")
+        return [known[text]["point"] | known[text]["result"] for text in wanted]
+
+    def verdicts(self) -> list[Verdict]:
+        """Every claim that the stored runs judge."""
+        values = self.module.values(self.runs())
+        rows = [judge(self.paper.claim(id), values[id]) for id in values]
+        return [replace(row, source="study") for row in rows]
+
+    def canary(self) -> dict[str, float]:
+        """The canary's numbers, made now."""
+        result = call(self.module.run, self.module.CANARY)["result"]
+        return {key: value for key, value in result.items() if comparable(key, value)}
+
+    def difference_of_canary(self) -> float:
+        """How far the canary is from the stored one, relative to its size or to 1."""
+        header, _ = self.read()
+        stored, now = header["canary"], self.canary()
+        if stored.keys() != now.keys():
+            return math.inf
+        return max((off(now[key], stored[key]) for key in stored), default=math.inf)
+
+    def make(
+        self,
+        *,
+        workers: int = 2,
+        executor: Executor | None = None,
+        shard: tuple[int, int] = (1, 1),
+        points: str = "POINTS",
+        done: Callable[[dict[str, Any]], None] = lambda row: None,
+    ) -> None:
+        """Make the runs that are missing, and write the file.
+
+        shard: (k, n) makes the k-th of n parts of them and leaves the file to the call that finds
+        all parts done. Rows of changed code are made again, unless the canary tells that nothing
+        changed. Raises RunFailed as `sweep` does; what was finished is kept.
+        """
+        code = self.code()
+        wanted = list(getattr(self.module, "TUNING", [])) if points != "POINTS" else []
+        wanted = wanted or [*getattr(self.module, "TUNING", []), *self.module.POINTS]
+        stored = self._still_good(code)
+        missing = [point for point in wanted if _text(point) not in stored]
+        folder = cache_dir() / "sweeps" / self.paper.slug
+        mine = missing[shard[0] - 1 :: shard[1]]
+        options = {"code": code, "executor": executor, "workers": workers, "done": done}
+        made = sweep(self.module.run, mine, folder, **options)
+        stored |= {_text(row["point"]): row for row in made}
+        if all(_text(point) in stored for point in wanted) or shard == (1, 1):
+            self._write(code, [stored[_text(p)] for p in wanted if _text(p) in stored])
+
+    def _still_good(self, code: str) -> dict[str, dict]:
+        if not self.path.is_file():
+            return {}
+        header, rows = self.read()
+        same = header["code"] == code or self.difference_of_canary() <= ALLOWED
+        return {_text(row["point"]): row for row in rows} if same else {}
+
+    def _write(self, code: str, rows: list[dict]) -> None:
+        header = {
+            "study": self.paper.slug,
+            "code": code,
+            "canary": self.canary(),
+            "content": opened_content(),
+            "device": device(),
+            "versions": versions(),
+        }
+        with atomic_write(self.path) as temporary:
+            lines = (json.dumps(row, ensure_ascii=False) for row in [header, *rows])
+            temporary.write_text("\n".join(lines) + "\n", "utf-8")
+
+    def problems(self, canary: bool = True) -> list[str]:
+        """What does not fit between the module, the file and the code; nothing when all is well.
+
+        canary: repeat it even though no code has changed. Changed code always has it repeated.
+        """
+        again = f"run `python -m lablib study {self.paper.slug}`"
+        try:
+            header, rows = self.read()
+        except StudyError as error:
+            return [str(error)]
+        found = self._wrong_rows(rows, again)
+        if (size := self.path.stat().st_size / 1000) > LIMIT_KB:
+            found.append(f"{self.path.name} has {size:.0f} KB; {LIMIT_KB} are allowed")
+        if other := other_content(header["content"]):
+            return found + [
+                f"the study of {self.paper.slug} was made on another {name} than there is here"
+                for name in other
+                if pinned(name)
+            ]
+        changed = header["code"] != self.code()
+        if (canary or changed) and (difference := self.difference_of_canary()) > ALLOWED:
+            why = "code changed" if changed else "results differ on this machine"
+            found.append(
+                f"the study of {self.paper.slug} is stale, {why}: its canary is off by "
+                f"{difference:.2g}; {again}"
+            )
+        return found
+
+    def _wrong_rows(self, rows: list[dict], again: str) -> list[str]:
+        texts = [_text(row["point"]) for row in rows]
+        module = self.module
+        wanted = {_text(p) for p in [*module.POINTS, *getattr(module, "TUNING", [])]}
+        seeds = {point.get("seed") for point in getattr(module, "TUNING", [])}
+        both = seeds & {point.get("seed") for point in module.POINTS}
+        found = []
+        if len(set(texts)) < len(texts):
+            found.append(f"{self.path.name} holds a point twice")
+        if strange := set(texts) - wanted:
+            found.append(f"{self.path.name} holds {len(strange)} points of no list, {min(strange)}")
+        if missing := wanted - set(texts):
+            found.append(f"{self.path.name} lacks {len(missing)} runs: {again}")
+        if both:
+            found.append(f"{self.paper.slug} was tuned on seeds that it is judged on: {both}")
+        return found
+
+
+def comparable(key: str, value: Any) -> bool:
+    """Whether a repetition compares a result: finite numbers that are no times."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and not key.endswith("seconds")
+
+
+def off(value: float, stored: float) -> float:
+    """The difference of two numbers, relative to the stored one where that is above 1."""
+    return abs(value - stored) / max(1.0, abs(stored))
+
+
+def _text(point: Mapping[str, Any]) -> str:
+    return json.dumps(dict(point), sort_keys=True)
+
+
+def opened_content() -> dict[str, str]:
+    """SHA-256 of the corpora and models that this process has opened."""
+    from lablib.files import opened
+
+    return {name: fingerprints.content_digest(path) for name, path in sorted(opened.items())}
+
+
+def other_content(content: Mapping[str, str]) -> list[str]:
+    """What of a result's content is other content here. What this machine lacks is passed over."""
+    paths = {name: content_path(name) for name in content}
+    return [
+        name
+        for name, path in paths.items()
+        if path and path.is_file() and fingerprints.content_digest(path) != content[name]
+    ]
+
+
+def pinned(name: str) -> bool:
+    """Whether content is the same everywhere; the running Python's own text is not."""
+    from lablib.data.corpora import CORPORA
+
+    kind, _, key = name.partition(" ")
+    return kind != "corpus" or (key in CORPORA and bool(CORPORA[key].sha256))
+
+
+def content_path(name: str) -> Path | None:
+    """The file of "corpus NAME" or "model NAME", None when it is not prepared here."""
+    kind, _, key = name.partition(" ")
+    if kind == "corpus":
+        from lablib.data.corpora import CORPORA
+
+        return CORPORA[key].path if key in CORPORA else None
+    from lablib.models.weights import is_ready, own_names, pretrained_path
+
+    ready = key in own_names() or is_ready(key)
+    return pretrained_path(key) / "model.safetensors" if ready else None
+
+
+@contextlib.contextmanager
+def dask_executor(address: str | None) -> Iterator[Executor | None]:
+    """The executor of the Dask scheduler at `address`; None without one.
+
+    Raises RuntimeError when `distributed` is not installed.
+    """
+    if address is None:
+        yield None
+        return
+    try:
+        from distributed import Client
+    except ImportError:
+        raise RuntimeError("runs on a Dask cluster need `pip install distributed`") from None
+    with Client(address) as client:
+        yield client.get_executor()
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that results depend on, Python among them."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device() -> str:
+    """The accelerator that torch uses, or how many cores there are."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}"

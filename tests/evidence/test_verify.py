@@ -1,0 +1,67 @@
+"""`verify` and the wheel, on small stand-ins."""
+
+import subprocess
+import sys
+import zipfile
+
+import nbformat
+import pytest
+
+from lablib.evidence import verify
+from lablib.papers import paper
+from lablib.paths import project_dir
+
+
+def notebook(path, *sources):
+    book = nbformat.v4.new_notebook()
+    book.cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(book, path)
+    return path
+
+
+def test_run_reports_what_was_seen(tmp_path):
+    path = notebook(
+        tmp_path / "a.ipynb",
+        "import os, sys\nfrom lablib.data import load\nprint(os.environ['LABLIB_TIER'])",
+        "text = load('bible')\nprint(1, file=sys.stderr)",
+    )
+    book, seen = verify.run(path, "smoke")
+    assert book.cells[0].outputs[0].text == "smoke\n" and len(book.cells) == 2
+    assert 0 < seen["peak_gb"] < 1 and seen["seconds"] < 60 and seen["verdicts"] == []
+    assert len(seen["content"]["corpus bible"]) == 64
+    verify.write_notebook(path, book)
+    stored = nbformat.read(path, as_version=4)
+    assert [output.name for c in stored.cells for output in c.outputs] == ["stdout"]
+
+
+def test_a_failing_cell_is_named(tmp_path):
+    path = notebook(tmp_path / "a.ipynb", "x = 1", "raise ValueError('no such luck')")
+    with pytest.raises(verify.LabFailed, match=r"a\.ipynb failed(.|\n)*no such luck"):
+        verify.run(path, "smoke")
+
+
+def test_every_claim_must_be_judged_once(tmp_path, monkeypatch):
+    book = nbformat.v4.new_notebook()
+    rows = [{"claim": claim.id} for claim in paper("markov-chains").claims]
+    seen = {"seconds": 1.0, "peak_gb": 0.1, "device": None, "content": {}}
+    monkeypatch.setattr(verify, "run", lambda path, tier: (book, seen | {"verdicts": rows[1:]}))
+    with pytest.raises(verify.LabFailed, match=f"did not judge once each: {rows[0]['claim']}"):
+        verify.verify(paper("markov-chains"), "smoke")
+
+
+def test_a_budget_line_tells_when_it_is_over():
+    assert verify.budget_line("x", "smoke", 10, 1.0).startswith("ok")
+    assert verify.budget_line("x", "smoke", 21, 1.0).startswith("OVER")
+    assert verify.budget_line("x", "smoke", 10, 1.3).startswith("OVER")
+
+
+def test_the_wheel_carries_data_and_catalogue(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    command += ["--wheel-dir", str(tmp_path), "."]
+    ran = subprocess.run(command, cwd=project_dir(), capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert "lablib/papers/markov-chains.toml" in names
+    assert "lablib/papers/_themes.toml" in names
+    assert "lablib/_data/results/markov-chains.json" in names
+    assert any(name.startswith("lablib/_data/models/tiny-1m/") for name in names)
