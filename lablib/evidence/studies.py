@@ -144,8 +144,8 @@ class Study:
             raise StudyError(f"{self.path.name} can't be read: {error}") from None
         return header, rows
 
-    def runs(self, points: str = "POINTS") -> list[Run]:
-        """The stored runs of `POINTS` (or `TUNING`, `GPU_POINTS`), each point and result in one.
+    def rows(self, points: str = "POINTS") -> list[dict[str, Any]]:
+        """The stored rows of `POINTS` (or `TUNING`, `GPU_POINTS`), in the points' order.
 
         Raises StudyError when one is missing.
         """
@@ -155,7 +155,11 @@ class Study:
         missing = [text for text in wanted if text not in known]
         if missing:
             raise StudyError(f"{self.path.name} lacks {len(missing)} runs, such as {missing[0]}")
-        return [known[text]["point"] | known[text]["result"] for text in wanted]
+        return [known[text] for text in wanted]
+
+    def runs(self, points: str = "POINTS") -> list[Run]:
+        """The same, each row's point and result in one dictionary."""
+        return [row["point"] | row["result"] for row in self.rows(points)]
 
     def verdicts(self) -> list[Verdict]:
         """Every claim that the stored runs judge."""
@@ -192,8 +196,9 @@ class Study:
         changed. Raises RunFailed as `sweep` does; what was finished is kept.
         """
         code = self.code()
-        wanted = list(getattr(self.module, "TUNING", [])) if points != "POINTS" else []
-        wanted = wanted or [*getattr(self.module, "TUNING", []), *self.module.POINTS]
+        tuning = list(getattr(self.module, "TUNING", []))
+        every = [*tuning, *self.module.POINTS]
+        wanted = tuning if points == "TUNING" else every
         stored = self._still_good(code)
         missing = [point for point in wanted if _text(point) not in stored]
         folder = cache_dir() / "sweeps" / self.paper.slug
@@ -202,7 +207,7 @@ class Study:
         made = sweep(self.module.run, mine, folder, **options)
         stored |= {_text(row["point"]): row for row in made}
         if all(_text(point) in stored for point in wanted) or shard == (1, 1):
-            self._write(code, [stored[_text(p)] for p in wanted if _text(p) in stored])
+            self._write(code, [stored[_text(p)] for p in every if _text(p) in stored])
 
     def _still_good(self, code: str) -> dict[str, dict]:
         if not self.path.is_file():

@@ -88,24 +88,22 @@ class Lab:
         At least one is repeated, the cheapest when none is short enough; at the smoke tier the
         canary. seed: of the drawing.
         """
-        header, rows = self.study.read()
         module = self.study.module
         if self.tier == "smoke":
-            again, stored = call(module.run, module.CANARY)["result"], header["canary"]
-            lines = [_compared([(again, stored)], [], "the study's canary repeated here")]
-        else:
-            judging = {json.dumps(dict(point), sort_keys=True) for point in module.POINTS}
-            rows = [r for r in rows if json.dumps(r["point"], sort_keys=True) in judging]
-            rows = [r for r in rows if any(comparable(*item) for item in r["result"].items())]
-            rows = [row for row in rows if matching([row["point"]], **where)]
-            drawn = _drawn(rows, 60 * minutes, random.Random(seed))
-            pairs = [
-                (call(module.run, row["point"])["result"], row["result"])
-                for row in self.progress(drawn, "repeating stored runs")
-            ]
-            head = f"{len(drawn)} of {len(rows)} runs repeated here"
-            lines = [_compared(pairs, rows, head)]
-        self.say("\n".join(lines))
+            again, stored = (
+                call(module.run, module.CANARY)["result"],
+                self.study.read()[0]["canary"],
+            )
+            self.say(_compared([(again, stored)], [], "the study's canary repeated here"))
+            return
+        rows = [r for r in self.study.rows() if any(map(comparable, *zip(*r["result"].items())))]
+        rows = [row for row in rows if matching([row["point"]], **where)]
+        drawn = _drawn(rows, 60 * minutes, random.Random(seed))
+        pairs = [
+            (call(module.run, row["point"])["result"], row["result"])
+            for row in self.progress(drawn, "repeating stored runs")
+        ]
+        self.say(_compared(pairs, rows, f"{len(drawn)} of {len(rows)} runs repeated here"))
 
     def say(self, text: str) -> None:
         """Show a sentence that states a result, computed from the values that it is about."""

@@ -98,6 +98,14 @@ def test_a_study_is_made_once_judged_and_found_whole(study):
     assert len(module.calls) == 14 and study.problems() == []
 
 
+def test_tuning_once_more_keeps_what_was_judged(study):
+    study, module = study
+    study.make()
+    module.TUNING = [*module.TUNING, {"kind": "moe", "seed": 11}]
+    study.make(points="TUNING")
+    assert len(module.calls) == 13 and study.problems() == []
+
+
 def test_changed_code_is_checked_by_the_canary(study):
     study, module = study
     study.make()
