@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lablib.experts.routing import Assignments, Record, Router
+from lablib.experts.routing import Assignments, Record, Router, counted_places
 from lablib.kernels import grouped_linear, merge_tokens, moe_mlp
 
 
@@ -120,11 +120,21 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, length, dim), or (tokens, dim) -> x's shape."""
         flat = x.reshape(-1, x.shape[-1])  # (tokens, dim)
-        sequences = x.shape[:-2].numel() if x.ndim > 2 else None
-        mixed = self.router(flat, sequences).mix(self.experts, flat)
+        if self.router.counted is None:
+            sequences = x.shape[:-2].numel() if x.ndim > 2 else None
+            mixed = self.router(flat, sequences).mix(self.experts, flat)
+        else:
+            mixed = self._without_padding(flat)
         if self.shared is not None:
             mixed = mixed + self.shared(flat)
         return mixed.view(x.shape)
+
+    def _without_padding(self, flat: Tensor) -> Tensor:
+        """As if only the counted tokens were there; the others get nothing from the experts."""
+        place = counted_places(self.router, len(flat))  # (counted,)
+        tokens = flat.index_select(0, place)
+        mixed = self.router(tokens).mix(self.experts, tokens)
+        return torch.zeros_like(flat).index_copy(0, place, mixed.to(flat.dtype))
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:

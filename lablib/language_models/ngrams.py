@@ -124,7 +124,7 @@ class BackoffModel:
         Returns (len(vocabulary),), in the order of `vocabulary`; `<s>` has probability 0.
         """
         self._fitted()
-        words = [1, *(self._ids.get(word, 0) for word in checked(context))]
+        words = [1, *_numbers(context, self._ids)]
         probs = np.exp(self._levels[0].logprob)
         probs[1] = 0.0
         for k in range(1, min(self.order, len(words) + 1)):
@@ -238,18 +238,26 @@ class BackoffModel:
 
 
 def tokenized(sentences: Iterable[Sentence], ids: dict[str, int], grow: bool = False) -> Tokens:
-    """Words as numbers, 0 for those that `ids` lacks; grow: it is given them instead."""
+    """Words as numbers, 0 for those that `ids` lacks; grow: it is given them instead.
+
+    A sentence's own `<s>` and `</s>` are words like others, and so unknown ones.
+    """
     words: list[int] = []
     lengths = []
     for sentence in sentences:
         if grow:
             for word in sentence:
                 ids.setdefault(word, len(ids) - 1)  # <UNK> shares a number
-        words += [1, *[ids.get(word, 0) for word in checked(sentence)], 2]
+        words += [1, *_numbers(sentence, ids), 2]
         lengths.append(len(sentence) + 2)
     sizes = np.asarray(lengths, dtype=np.int64)
     first = np.repeat(np.cumsum(sizes) - sizes, sizes)
     return Tokens(np.asarray(words, dtype=np.int64), np.arange(len(words)) - first)
+
+
+def _numbers(sentence: Sentence, ids: dict[str, int]) -> list[int]:
+    """Each word's number; only code sets the bounds of a sentence, so text can't name them."""
+    return [0 if word in (START, END) else ids.get(word, 0) for word in checked(sentence)]
 
 
 def _countable(sentence: Sentence) -> Sentence:

@@ -24,12 +24,14 @@ def mixture(logprobs: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
     logprobs: (models, words), natural logarithms; weights: (models,), summing to 1.
     Returns (words,).
-    Raises ValueError when there is not one weight a model.
+    Raises ValueError when there is not one weight a model, or they are no shares of a whole.
     Source: section 5.
     """
     logprobs, weights = np.asarray(logprobs), np.asarray(weights, dtype=float)
     if logprobs.ndim != 2 or weights.shape != logprobs.shape[:1]:
         raise ValueError(f"weights {weights.shape} do not fit log-probs {logprobs.shape}")
+    if not (weights >= 0).all() or abs(weights.sum() - 1) > 1e-6:
+        raise ValueError(f"weights must be at least 0 and sum to 1, not to {weights.sum():g}")
     top = logprobs.max(0)  # taken out and put back, lest exp gives 0: (words,)
     return top + np.log(weights @ np.exp(logprobs - top))  # log sum_m lambda_m P_m(w): (words,)
 

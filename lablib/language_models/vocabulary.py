@@ -29,8 +29,8 @@ def vocabulary_by_count(sentences: Iterable[Sentence], min_count: int = 3) -> li
 
 
 def map_unknown(sentences: Iterable[Sentence], vocabulary: Iterable[str]) -> list[list[str]]:
-    """The sentences with `<UNK>` for every word outside the vocabulary."""
-    known = set(vocabulary)
+    """The sentences with `<UNK>` for every word outside the vocabulary, and for `</s>`."""
+    known = set(vocabulary) - {END}  # only code ends a sentence
     return [[w if w in known else UNKNOWN for w in checked(sentence)] for sentence in sentences]
 
 
@@ -44,5 +44,6 @@ class Encoder:
 
     def __call__(self, sentence: Sentence, end: bool = True) -> list[int]:
         """The start, the words, and (unless this is a context) the end."""
-        body = [self.ids.get(word, 0) for word in checked(sentence)]
+        # Only code ends a sentence: in text the marker is an unknown word.
+        body = [0 if word == END else self.ids.get(word, 0) for word in checked(sentence)]
         return [self.start, *body, *([self.ids[END]] if end else [])]

@@ -1,5 +1,6 @@
 """Losses of language models, and their mean over held-out batches."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -26,12 +27,30 @@ def padded_next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tu
     """Cross-entropy of the tokens that are not padding: their (sum in nats, number).
 
     batch: tokens (batch, length + 1) int64 and mask (batch, length + 1) bool, true at tokens;
-    padding stands after them and holds any id. model: as in `next_token_loss`.
+    padding stands after them and holds any id. model: as in `next_token_loss`; its mixtures of
+    experts route no token whose prediction isn't counted.
     """
     tokens, mask = batch
-    logits = model(tokens[:, :-1])  # (batch, length, vocab)
     counted = mask[:, 1:]
+    with counting(model, counted):
+        logits = model(tokens[:, :-1])  # (batch, length, vocab)
     return F.cross_entropy(logits[counted], tokens[:, 1:][counted], reduction="sum"), counted.sum()
+
+
+@contextlib.contextmanager
+def counting(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Within the block, modules that have an attribute `counted` know which tokens are not padding.
+
+    mask: (batch, length) bool, true at tokens that count.
+    """
+    told = [module for module in model.modules() if "counted" in module.__dict__]
+    for module in told:
+        module.counted = mask
+    try:
+        yield
+    finally:
+        for module in told:
+            module.counted = None
 
 
 @torch.no_grad()

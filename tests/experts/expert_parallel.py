@@ -19,7 +19,7 @@ from lablib.experts.routing import TokenChoice
 from lablib.models import GPT, GPTConfig
 from lablib.training import fit
 from lablib.training.clipping import clip_gradients
-from lablib.training.losses import auxiliary_loss, next_token_loss
+from lablib.training.losses import auxiliary_loss, next_token_loss, padded_next_token_loss
 
 
 def build() -> GPT:
@@ -46,6 +46,28 @@ def gradients(model: GPT, tokens: torch.Tensor) -> tuple[dict, float]:
 
 def named(tensors) -> dict:
     return {key.replace(".local", ""): t.tolist() for key, t in tensors if "mlp" in key}
+
+
+def padded_gradients(model: GPT, batches: torch.Tensor, rank: int, processes: int) -> dict:
+    """Of rows of which some are cut, so that processes hold different numbers of tokens.
+
+    The gradients that `fit` makes: of the sums of all, over the number of all.
+    """
+    rows = batches.flatten(0, 1)[rank::processes]
+    lengths = torch.arange(rank, 20 * 8, processes)[: len(rows)] % 2 * 7 + 5  # 5, 12, 5, 12, ...
+    mask = torch.arange(rows.shape[1]) < lengths[:, None]
+    total, count = padded_next_token_loss(model.train(), (rows, mask))
+    (total + auxiliary_loss(model) * count).backward()
+    if processes > 1:
+        dist.all_reduce(count)
+    for parameter in model.parameters():
+        if not hasattr(parameter, "process_group"):
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= processes
+        parameter.grad *= processes / count
+    made = named((key, p.grad) for key, p in model.named_parameters())
+    model.zero_grad()
+    return made
 
 
 def listening() -> list[str] | None:
@@ -77,6 +99,7 @@ def main(folder: str) -> None:
     if processes > 1:
         parallelize(model)
         options = {"devices": processes, "strategy": DDPStrategy(process_group_backend="gloo")}
+    padded = padded_gradients(model, batches, rank, processes)
     batches = list(batches[:, rank::processes])
     grads, norm = gradients(model, batches[0])
     history = fit(
@@ -84,7 +107,13 @@ def main(folder: str) -> None:
         progress=False, **options,
     )  # fmt: skip
     weights = named(model.state_dict().items())
-    found = {"losses": history.losses, "weights": weights, "grads": grads, "norm": norm}
+    found = {
+        "losses": history.losses,
+        "weights": weights,
+        "grads": grads,
+        "norm": norm,
+        "padded": padded,
+    }
     found["listening"] = listening()
     with open(f"{folder}/{processes}-{rank}.json", "w") as file:
         json.dump(found, file)

@@ -162,6 +162,9 @@ def test_mixture_of_one_model_is_that_model():
 def test_odd_input_says_what_is_wrong():
     with pytest.raises(ValueError, match="do not fit"):
         lm.mixture(np.zeros((2, 3)), [1])
+    for weights in ([1, 0.5], [1.5, -0.5], [np.nan, 1]):
+        with pytest.raises(ValueError, match="at least 0 and sum to 1"):
+            lm.mixture(np.zeros((2, 3)), weights)
     with pytest.raises(ValueError, match="probability 0 under every model"):
         lm.em_weights(np.full((2, 3), -np.inf))
     with pytest.raises(ValueError, match="must be"):

@@ -61,3 +61,11 @@ def test_words_and_numbers():
     assert VOCABULARY[:2] == [UNKNOWN, END]
     assert encode(["a", "new"]) == [encode.start, encode.ids["a"], 0, 1]
     assert encode(["a"], end=False) == [encode.start, encode.ids["a"]]
+
+
+@pytest.mark.parametrize("marker", ["<s>", "</s>"])
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: type(model).__name__)
+def test_a_marker_in_scored_text_is_an_unknown_word(model, marker):
+    """Only code opens and closes sentences, so text cannot make itself more probable."""
+    told, unknown = ["a", marker, "b"], ["a", "no such word", "b"]
+    assert model.word_logprobs([told]) == pytest.approx(model.word_logprobs([unknown]))
