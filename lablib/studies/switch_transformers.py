@@ -179,18 +179,18 @@ def fine_tuning(model: GPT, text, seed: int) -> dict:
     return losses
 
 
-SEEDS, FEWER = range(8), range(5)
+SEEDS = range(8)
 DENSE, EIGHT = TUNED[1] | {"n_experts": 1}, TUNED[8] | {"n_experts": 8}
 POINTS = [
     *grid(**DENSE, steps=1200, seed=SEEDS),
     *grid(**EIGHT, steps=1200, random_input=False, seed=SEEDS),
-    *grid(**EIGHT, steps=1200, random_input=True, seed=FEWER),
+    *grid(**EIGHT, steps=1200, random_input=True, seed=SEEDS),
     *grid(after="nothing but time", steps=30, seed=SEEDS),
-    *grid(**EIGHT, balance=(0.0, 1e-2), steps=400, seed=FEWER),
-    *grid(**EIGHT | {"n_experts": (4, 16)}, steps=800, seed=FEWER),
-    *grid(**EIGHT | {"init": 1.0}, steps=800, seed=FEWER),
-    *grid(**EIGHT, after="students", steps=600, seed=FEWER),
-    *grid(**EIGHT, after="fine-tuning", steps=400, seed=FEWER),
+    *grid(**EIGHT, balance=(0.0, 1e-2), steps=400, seed=SEEDS),
+    *grid(**EIGHT | {"n_experts": (4, 16)}, steps=800, seed=SEEDS),
+    *grid(**EIGHT | {"init": 1.0}, steps=800, seed=SEEDS),
+    *grid(**EIGHT, after="students", steps=600, seed=SEEDS),
+    *grid(**EIGHT, after="fine-tuning", steps=400, seed=SEEDS),
 ]
 TUNING = [
     *grid(n_experts=1, init=(0.0, 0.1), lr=(1e-2, 2e-2), steps=800, seed=100),

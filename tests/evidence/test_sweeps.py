@@ -107,6 +107,7 @@ INTERRUPTED = """
 import os, signal, sys, threading, runs_for_tests as f
 from lablib.evidence.sweeps import grid, sweep
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     made = []
     def stop(row):
         made.append(row)

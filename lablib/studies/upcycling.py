@@ -1,0 +1,156 @@
+"""The study of upcycling (2024): a trained dense model goes on, as it is or as experts made of it.
+
+The theme's base configuration: two layers of dim 32 over the mixture of four domains. The dense
+model is trained for 600 steps on a cosine that ends at a tenth of its peak, as the paper's are
+decayed; then every condition trains on from the same weights, on the same batches, with a fresh
+optimizer and its own cosine. A run makes its dense model first; the process keeps it for the next
+run of that seed. The control's routers see noise in the place of tokens.
+
+At equal FLOPs the dense model gets more steps, as many as its cheaper tokens pay for.
+
+Tuned, on another seed, for the dense model and for each kind of experts alike: the peak rate of the
+second training.
+"""
+
+import copy
+from functools import lru_cache
+
+import torch
+
+from lablib.data import Batches
+from lablib.data.mixtures import mixture
+from lablib.evidence import grid, paired
+from lablib.experts.moe import moe_layers
+from lablib.experts.switch_transformers import reduced_init_
+from lablib.experts.upcycling import ROLES as MATRICES
+from lablib.experts.upcycling import active_flops, dense_weights, similarity, upcycle_
+from lablib.models import GPT, GPTConfig
+from lablib.training import evaluate, fit
+
+EVERY = 50  # steps between two points of a curve
+CONFIG = GPTConfig(vocab_size=1024, dim=32, n_layers=2, n_heads=2, qk_norm=True, max_length=64)
+
+
+def run(
+    seed: int,
+    expansion: int = 8,
+    granularity: int = 1,
+    top_k: int = 2,
+    softmax: str = "before",
+    virtual: bool = True,
+    scaled: bool = True,
+    blind: bool = False,
+    steps: int = 300,
+    lr: float = 1e-2,
+    dense_steps: int = 600,
+    rows: int = 256,
+) -> dict:
+    """Train a dense model, upcycle it (expansion 1: leave it dense), and train it on.
+
+    blind: the control, whose routers see noise in the place of tokens.
+    lr: peak of the second training.
+    rows: how many held-out windows of 64 tokens a loss is taken on.
+    Returns losses in nats a token: of the dense model, of the newborn one, and its curve.
+    """
+    text = mixture()
+    held_out = text.windows(limit=rows)
+    model = copy.deepcopy(trained(seed, dense_steps))
+    made = {"dense_loss": evaluate(model, held_out)}
+    origin = [dense_weights(model, place) for place in range(CONFIG.n_layers)]
+    torch.manual_seed(10_000 + seed)
+    if expansion > 1:
+        matrices = MATRICES if scaled else ()
+        upcycle_(model, expansion, granularity, top_k, softmax, virtual=virtual, scaled=matrices)
+    for layer in moe_layers(model).values() if blind else ():
+        layer.router.noisy = torch.randn_like
+    made["newborn_loss"] = evaluate(model, held_out)
+    data = Batches(text.train, 32, 64, 10_000 + seed)
+    history = fit(
+        model,
+        data,
+        steps=steps,
+        lr=lr,
+        schedule="cosine",
+        warmup=min(20, steps // 2),
+        seed=seed,
+        held_out=held_out,
+        held_out_every=EVERY,
+        progress=False,
+    )
+    made["loss"] = history.held_out[-1][1]
+    made["curve"] = [round(loss, 4) for _, loss in history.held_out]
+    if expansion > 1:
+        layers = moe_layers(model).values()
+        near = [similarity(layer, weights) for layer, weights in zip(layers, origin)]
+        made["similarity"] = sum(near) / len(near)
+    return made
+
+
+@lru_cache(maxsize=1)
+def trained(seed: int, steps: int) -> GPT:
+    """The dense model that all conditions of a seed start from; copy it before training on."""
+    torch.manual_seed(seed)
+    model = reduced_init_(GPT(CONFIG), 0.1)
+    data = Batches(mixture().train, 32, 64, seed)
+    fit(
+        model,
+        data,
+        steps=steps,
+        lr=1e-2,
+        schedule="cosine",
+        warmup=min(100, steps // 2),
+        seed=seed,
+        progress=False,
+    )
+    return model
+
+
+def equal_steps(steps: int, expansion: int, granularity: int, top_k: int) -> int:
+    """Steps of the dense model that cost as many FLOPs as so many of the upcycled one."""
+    cost = active_flops(CONFIG, 64, expansion, granularity, top_k)
+    return round(steps * cost / active_flops(CONFIG, 64))
+
+
+STEPS, SEEDS = 300, range(5)
+DENSE = {"expansion": 1, "lr": 5e-3}
+TOP2 = {"expansion": 8, "granularity": 1, "top_k": 2, "lr": 1e-2, "steps": STEPS}
+TOP1 = {"expansion": 8, "granularity": 1, "top_k": 1, "steps": STEPS}
+FINE = {"expansion": 8, "granularity": 4, "top_k": 4, "lr": 2e-2, "steps": STEPS}
+ARMS = {
+    "dense": DENSE | {"steps": STEPS},
+    "dense, longer": DENSE | {"steps": equal_steps(STEPS, 8, 1, 2)},
+    "top-2": TOP2 | {"softmax": "before", "blind": False},
+    "top-2, blind": TOP2 | {"softmax": "before", "blind": True},
+    "top-2, softmax after": TOP2 | {"softmax": "after"},
+    "top-1": TOP1 | {"scaled": True, "lr": 5e-3},
+    "top-1, not scaled": TOP1 | {"scaled": False, "lr": 5e-3},
+    "quarters": FINE | {"virtual": True},
+    "quarters, naive": FINE | {"virtual": False},
+}
+POINTS = [{**arm, "seed": seed} for seed in SEEDS for arm in ARMS.values()]
+TUNING = [
+    *grid(expansion=1, lr=(2.5e-3, 5e-3, 1e-2, 2e-2), seed=100),
+    *grid(expansion=8, granularity=1, top_k=2, softmax=("before", "after"),
+          lr=(5e-3, 1e-2, 2e-2, 4e-2), seed=100),
+    *grid(expansion=8, granularity=1, top_k=1, scaled=(True, False),
+          lr=(5e-3, 1e-2, 2e-2, 4e-2), seed=100),
+    *grid(expansion=8, granularity=4, top_k=4, virtual=True,
+          lr=(5e-3, 1e-2, 2e-2, 4e-2), seed=100),
+]  # fmt: skip
+CANARY = {"expansion": 4, "granularity": 2, "top_k": 2, "steps": 3, "dense_steps": 3}
+CANARY |= {"rows": 16, "seed": 200}
+KINDS = {name: {k: v for k, v in arm.items() if k != "lr"} for name, arm in ARMS.items()}
+ROLES = {
+    "tokens": {"method": KINDS["top-2"], "baseline": KINDS["dense"]}
+    | {"control": KINDS["top-2, blind"]},
+    "flops": {"method": KINDS["top-2"], "baseline": KINDS["dense, longer"]},
+    "order": {"method": KINDS["top-2"], "baseline": KINDS["top-2, softmax after"]},
+    "granularity": {"method": KINDS["quarters"], "baseline": KINDS["top-1"]},
+    "scaling": {"method": KINDS["top-1"], "baseline": KINDS["top-1, not scaled"]},
+    "virtual-groups": {"method": KINDS["quarters"], "baseline": KINDS["quarters, naive"]},
+}
+
+
+def values(runs: list) -> dict:
+    """What each claim is judged on: a pair of final losses a seed."""
+    return {id: paired(runs, r["method"], r["baseline"], "loss") for id, r in ROLES.items()}
