@@ -73,12 +73,12 @@ def _test_balance_gradient(candidate) -> None:
     why = "2 tokens, 2 experts, both tokens at the first: f = (1, 0), and p (f - sum_j p_j f_j) = "
     why += "(0.5 * 0.5, -0.5 * 0.5), times N / T = 1"
     expect(candidate(crowded, torch.tensor([0, 0])), wanted, why)
-    probs = (2 * torch.randn(10, 5)).softmax(-1)
+    probs = (2 * torch.randn(11, 5)).softmax(-1)  # 11 tokens load no 5 experts evenly
     experts = probs.argmax(1)
-    share = experts.bincount(minlength=5) / 10
+    share = experts.bincount(minlength=5) / 11
     known = [
-        (share.expand(10, 5) / 2, "that is the gradient by p; go on through the softmax to logits"),
-        (probs * share / 2, "a token's probabilities sum to 1, so what is pushed is p_j times the "
+        (share.expand(11, 5) * 5 / 11, "that is the gradient by p; go on through the softmax to logits"),
+        (probs * share * 5 / 11, "a token's probabilities sum to 1, so what is pushed is p_j times the "
          "difference of f_j from the token's own mean of f"),
         (-_balance_gradient(probs, experts), "the sign: the loss grows with a crowded expert's "
          "logit, so the gradient is positive there"),

@@ -28,7 +28,7 @@ def kind(state: State) -> str:
 
 def paper_map() -> go.Figure:
     """Every paper as a point: date across, theme down; hover for its claims and their verdicts."""
-    fig = figures.figure(height=560, margin={"t": 30}, legend={"orientation": "h", "y": -0.1})
+    fig = figures.figure(height=560, margin={"t": 30}, legend={"orientation": "h", "y": -0.18})
     spread, rows = _spread(), states()
     for name, color in KINDS.items():
         mine = [row for row in rows if kind(row) == name]
