@@ -76,9 +76,10 @@ def _test_balance_gradient(candidate) -> None:
     probs = (2 * torch.randn(11, 5)).softmax(-1)  # 11 tokens load no 5 experts evenly
     experts = probs.argmax(1)
     share = experts.bincount(minlength=5) / 11
+    by_p = share.expand(11, 5) * 5 / 11  # N / T * f
     known = [
-        (share.expand(11, 5) * 5 / 11, "that is the gradient by p; go on through the softmax to logits"),
-        (probs * share * 5 / 11, "a token's probabilities sum to 1, so what is pushed is p_j times the "
+        (by_p, "that is the gradient by p; go on through the softmax to logits"),
+        (probs * by_p, "a token's probabilities sum to 1, so what is pushed is p_j times the "
          "difference of f_j from the token's own mean of f"),
         (-_balance_gradient(probs, experts), "the sign: the loss grows with a crowded expert's "
          "logit, so the gradient is positive there"),
