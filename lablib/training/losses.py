@@ -41,9 +41,13 @@ def padded_next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tu
 def counting(model: nn.Module, mask: Tensor) -> Iterator[None]:
     """Within the block, modules that have an attribute `counted` know which tokens are not padding.
 
-    mask: (batch, length) bool, true at tokens that count.
+    mask: (batch, length) bool, true at tokens that count. Raises ValueError where there is padding
+    and a mixture of experts that can't be told, whose balance and places padding would take part
+    in.
     """
     told = [module for module in model.modules() if "counted" in module.__dict__]
+    if (deaf := _deaf_mixtures(model)) and not mask.all():
+        raise ValueError(f"{deaf[0]} routes padding as if it were text: build it with `MoE`")
     for module in told:
         module.counted = mask
     try:
@@ -51,6 +55,16 @@ def counting(model: nn.Module, mask: Tensor) -> Iterator[None]:
     finally:
         for module in told:
             module.counted = None
+
+
+def _deaf_mixtures(model: nn.Module) -> list[str]:
+    """Names of the modules that hold experts and no router that knows what counts."""
+    return [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if "experts" in dict(module.named_children())
+        and not any("counted" in part.__dict__ for part in module.modules())
+    ]
 
 
 @torch.no_grad()

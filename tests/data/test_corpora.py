@@ -2,6 +2,7 @@ import json
 import sys
 import tarfile
 import types
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -32,6 +33,24 @@ def test_texts_are_the_works_themselves():
     assert genesis.text.startswith("In the beginning God created the heaven and the earth.")
     german = next(text for name, text in load("django") if name == "de")
     assert all(line.count("\t") == 1 for line in german.splitlines())
+
+
+def test_digits_are_rows_of_gray_values_and_the_digit():
+    rows = [[int(value) for value in document.text.split(",")] for document in load("digits")]
+    assert {len(row) for row in rows} == {65} and len(rows) == 1797
+    assert {value for row in rows for value in row[:-1]} == set(range(17))
+    assert [row[-1] for row in rows[:12]] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    zero = [row[:64] for row in rows if row[-1] == 0]
+    middle = [sum(row[8 * y + x] for y in (3, 4) for x in (3, 4)) for row in zero]
+    assert sum(middle) / len(middle) < 5, "a zero is empty inside"
+
+
+def test_digits_that_cannot_be_fetched_are_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("LABLIB_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(DataError, match=r"scikit-learn 1\.7\.2: .*run `python -m lablib setup`"):
+        load("digits")
+    assert not list(tmp_path.rglob("*digits*l")), "only the lock is left"
 
 
 @pytest.mark.parametrize("name", OFFLINE)
@@ -120,6 +139,27 @@ def test_wrong_hash_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="has SHA-256 .*not the registered 000000000000"):
         fetch("thing", "1.0", "0" * 64)
     assert not path.exists()
+
+
+def wheel(folder, tags):
+    path = folder / f"thing-1.0-{tags}.whl"
+    with zipfile.ZipFile(path, "w") as zipped:
+        zipped.writestr("thing/built_for.txt", tags)
+        about = "Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n"
+        zipped.writestr("thing-1.0.dist-info/METADATA", about)
+        zipped.writestr("thing-1.0.dist-info/WHEEL", f"Wheel-Version: 1.0\nTag: {tags}\n")
+        zipped.writestr("thing-1.0.dist-info/RECORD", "")
+    return path
+
+
+def test_the_same_wheel_is_read_on_every_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("LABLIB_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    tags = ("py3-none-any", "cp311-cp311-manylinux_2_17_x86_64", "cp312-cp312-win_amd64")
+    *_, windows = [wheel(tmp_path, tag) for tag in tags]
+    fetched = fetch("thing", "1.0", sha256(windows), built_for="cp312-win_amd64")
+    assert dict(members(fetched))["thing/built_for.txt"] == b"cp312-cp312-win_amd64"
 
 
 def test_truncated_archive_is_one_sentence(tmp_path):

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
+from lablib.experts.glam import GLaMFFN
 from lablib.experts.moe import MoE, SwiGLUExperts, recorded
+from lablib.experts.olmoe import OLMoEFFN
 from lablib.experts.routing import (
     ExpertChoice,
     HashChoice,
@@ -13,6 +16,7 @@ from lablib.experts.routing import (
     hash_by_token,
     random_table,
 )
+from lablib.experts.switch_transformers import SwitchFFN
 from lablib.models import GPT, GPTConfig
 from lablib.training import evaluate, padded_next_token_loss
 from lablib.training.losses import auxiliary_loss
@@ -105,3 +109,22 @@ def test_a_mask_of_other_tokens_is_refused():
     layer.router.counted = torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="a mask of 6 for 8 tokens"):
         layer(torch.randn(2, 4, 16))
+
+
+@pytest.mark.parametrize(
+    "definition",
+    [
+        lambda experts: SwitchFFN(16, experts),
+        lambda experts: GLaMFFN(16, experts),
+        lambda experts: OLMoEFFN(16, experts, top_k=2),
+    ],
+    ids=["switch", "glam", "olmoe"],
+)
+def test_a_definition_that_takes_no_mask_refuses_padding(definition):
+    model = GPT(GPTConfig(vocab_size=23, dim=16, n_layers=1, n_heads=2, max_length=12))
+    model.blocks[0].mlp = definition([nn.Linear(16, 16) for _ in range(3)])
+    tokens, mask = batch(0)
+    with pytest.raises(ValueError, match=r"blocks.0.mlp \(.*FFN\) routes padding"):
+        padded_next_token_loss(model, (tokens, mask))
+    whole, count = padded_next_token_loss(model, (tokens, torch.ones_like(mask)))
+    assert whole.isfinite() and count == mask[:, 1:].numel()
