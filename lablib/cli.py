@@ -115,9 +115,10 @@ def _new(options: argparse.Namespace) -> None:
 
 
 def _study(options: argparse.Namespace) -> int:
-    from lablib.evidence.studies import Study, dask_executor
+    from lablib.evidence.studies import dask_executor
+    from lablib.evidence.studies import study as find
 
-    study = Study(paper(options.slug))
+    study = find(options.slug)
     if not study.exists:
         raise FileNotFoundError(
             f"{study.paper.slug} has no study: {_shown(study.paper.paths['study'])}"

@@ -23,6 +23,8 @@ _PLACES = {
     "encode_documents": "tokenizers",
     "Batches": "batches",
     "sequential": "batches",
+    "ByteText": "byte_texts",
+    "byte_text": "byte_texts",
     "Mixture": "mixtures",
     "mixture": "mixtures",
     "TokenData": "module",

@@ -9,8 +9,15 @@ A study is a module `lablib/studies/<slug>.py`, plain code:
 - `ROLES`: {claim id: {"method": part of a point, "baseline": ..., "control": ...}}, which runs each
   direction claim compares; or the names of two results of one run. Tests exchange them, and put
   the control in the method's place, and expect another verdict.
+- `READS`, where the study reads a shared one, too: {"scaling-grid": {"part": ("repetition",)}}, the
+  shared study's name and what of its points is read, each key with the values that are taken. Then
+  `values` gets those runs after its own, and a study may do without `run` and points of its own.
+A shared study, `lablib/studies/scaling_grid.py` say, belongs to no paper: it has no `values`, and
+`LIMIT_KB` where its file may be larger than others'.
 Its runs lie in `data/studies/<slug>.jsonl`: a header, then one run a line.
 """
+
+from __future__ import annotations
 
 import contextlib
 import importlib
@@ -30,8 +37,8 @@ from lablib.evidence import fingerprints
 from lablib.evidence.claims import Pair, Verdict, judge
 from lablib.evidence.sweeps import call, sweep
 from lablib.files import atomic_write
-from lablib.papers import Paper
-from lablib.paths import cache_dir
+from lablib.papers import Paper, paper, papers
+from lablib.paths import PACKAGE, cache_dir, data_dir
 
 Run = dict[str, Any]
 PACKAGES = ("torch", "lightning", "transformers", "numpy", "scipy", "plotly", "ipywidgets")
@@ -83,8 +90,10 @@ def exchanged(runs: Sequence[Run], first: Role, second: Role) -> list[Run]:
     What a test of a verdict judges: it must turn.
     """
     if isinstance(first, str):
+        both = {first, second}
         return [
-            run | {first: run[second], second: run[first]} if first in run else run for run in runs
+            run | {first: run[second], second: run[first]} if both <= run.keys() else run
+            for run in runs
         ]
     return [_relabelled(run, first, second) for run in runs]
 
@@ -105,10 +114,40 @@ def _relabelled(run: Run, first: Mapping[str, Any], second: Mapping[str, Any]) -
 
 
 @dataclass(frozen=True)
-class Study:
-    """A paper's study: its module, and what is stored of it."""
+class Shared:
+    """What stands in a paper's place for a study that several papers read."""
 
-    paper: Paper
+    slug: str
+
+    @property
+    def name(self) -> str:
+        """The slug as a Python name."""
+        return self.slug.replace("-", "_")
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Its two places: "study" and "runs"."""
+        return {
+            "study": PACKAGE / "studies" / f"{self.name}.py",
+            "runs": data_dir() / "studies" / f"{self.slug}.jsonl",
+        }
+
+
+def study(name: str) -> Study:
+    """The study of a paper, by slug or lab, or a shared one, by its own slug.
+
+    Raises UnknownPaper when there is neither.
+    """
+    shared = Shared(name)
+    alone = name not in {row.slug for row in papers()} and shared.paths["study"].is_file()
+    return Study(shared if alone else paper(name))
+
+
+@dataclass(frozen=True)
+class Study:
+    """A paper's study, or a shared one: its module, and what is stored of it."""
+
+    paper: Paper | Shared
 
     @property
     def module(self) -> ModuleType:
@@ -124,6 +163,17 @@ class Study:
     def exists(self) -> bool:
         """Whether the paper has a study."""
         return self.paper.paths["study"].is_file()
+
+    @property
+    def has_own(self) -> bool:
+        """Whether it has runs of its own, beside those of shared studies."""
+        return hasattr(self.module, "run")
+
+    @property
+    def reads(self) -> list[tuple[Study, Mapping[str, Sequence]]]:
+        """The shared studies that it reads, each with what of their points is taken."""
+        found = getattr(self.module, "READS", {})
+        return [(Study(Shared(slug)), where) for slug, where in found.items()]
 
     def code(self) -> str:
         """The hash of what `run` reaches."""
@@ -144,11 +194,23 @@ class Study:
             raise StudyError(f"{self.path.name} can't be read: {error}") from None
         return header, rows
 
-    def rows(self, points: str = "POINTS") -> list[dict[str, Any]]:
-        """The stored rows of `POINTS` (or `TUNING`, `GPU_POINTS`), in the points' order.
+    def parts(self, points: str = "POINTS") -> list[tuple[Study, list[dict[str, Any]]]]:
+        """The stored rows, its own and then those that it reads, each with the study they are of.
 
-        Raises StudyError when one is missing.
+        points: "POINTS", "TUNING" or "GPU_POINTS", in whose order they come. Raises StudyError when
+        one is missing.
         """
+        own = [(self, self._own_rows(points))] if self.has_own else []
+        return own + [
+            (shared, [row for row in shared._own_rows(points) if _taken(row["point"], where)])
+            for shared, where in self.reads
+        ]
+
+    def rows(self, points: str = "POINTS") -> list[dict[str, Any]]:
+        """The rows of all `parts`."""
+        return [row for _, rows in self.parts(points) for row in rows]
+
+    def _own_rows(self, points: str) -> list[dict[str, Any]]:
         _, rows = self.read()
         known = {_text(row["point"]): row for row in rows}
         wanted = [_text(point) for point in getattr(self.module, points, [])]
@@ -162,7 +224,9 @@ class Study:
         return [row["point"] | row["result"] for row in self.rows(points)]
 
     def verdicts(self) -> list[Verdict]:
-        """Every claim that the stored runs judge."""
+        """Every claim that the stored runs judge; none of a shared study."""
+        if isinstance(self.paper, Shared):
+            return []
         values = self.module.values(self.runs())
         rows = [judge(self.paper.claim(id), values[id]) for id in values]
         return [replace(row, source="study") for row in rows]
@@ -193,8 +257,11 @@ class Study:
 
         shard: (k, n) makes the k-th of n parts of them and leaves the file to the call that finds
         all parts done. Rows of changed code are made again, unless the canary tells that nothing
-        changed. Raises RunFailed as `sweep` does; what was finished is kept.
+        changed. Raises RunFailed as `sweep` does; what was finished is kept. A study without runs
+        of its own has nothing to make: those that it reads are made by their own name.
         """
+        if not self.has_own:
+            return
         code = self.code()
         tuning = list(getattr(self.module, "TUNING", []))
         every = [*tuning, *self.module.POINTS]
@@ -232,16 +299,22 @@ class Study:
     def problems(self, canary: bool = True) -> list[str]:
         """What does not fit between the module, the file and the code; nothing when all is well.
 
-        canary: repeat it even though no code has changed. Changed code always has it repeated.
+        canary: repeat it even though no code has changed. Changed code always has it repeated, that
+        of a shared study, too.
         """
+        own = self._problems(canary) if self.has_own else []
+        return own + [text for shared, _ in self.reads for text in shared._problems(canary=False)]
+
+    def _problems(self, canary: bool) -> list[str]:
         again = f"run `python -m lablib study {self.paper.slug}`"
         try:
             header, rows = self.read()
         except StudyError as error:
             return [str(error)]
         found = self._wrong_rows(rows, again)
-        if (size := self.path.stat().st_size / 1000) > LIMIT_KB:
-            found.append(f"{self.path.name} has {size:.0f} KB; {LIMIT_KB} are allowed")
+        limit = getattr(self.module, "LIMIT_KB", LIMIT_KB)
+        if (size := self.path.stat().st_size / 1000) > limit:
+            found.append(f"{self.path.name} has {size:.0f} KB; {limit} are allowed")
         if other := other_content(header["content"]):
             return found + [
                 f"the study of {self.paper.slug} was made on another {name} than there is here"
@@ -273,6 +346,10 @@ class Study:
         if both:
             found.append(f"{self.paper.slug} was tuned on seeds that it is judged on: {both}")
         return found
+
+
+def _taken(point: Mapping[str, Any], where: Mapping[str, Sequence]) -> bool:
+    return all(point.get(key) in values for key, values in where.items())
 
 
 def comparable(key: str, value: Any) -> bool:

@@ -20,7 +20,7 @@ from lablib.evidence.claims import (
     judge,
     record,
 )
-from lablib.evidence.studies import Run, Study, comparable, matching
+from lablib.evidence.studies import Run, Study, comparable, matching, study
 from lablib.evidence.sweeps import call
 from lablib.papers import Claim, Paper, paper
 
@@ -69,13 +69,14 @@ class Lab:
         """
         return self.study.runs(points)
 
-    def run(self, **point: Any) -> Run:
+    def run(self, of: str | None = None, **point: Any) -> Run:
         """Make a run of your own, as the study made its: point and result in one dictionary.
 
         What you leave out is as in the study's first point. One thread, as there. At the smoke tier
         the study's tiny canary is run instead, with your values where it has them.
+        of: the shared study that the run is like, "scaling-grid" say, where the lab reads one.
         """
-        module = self.study.module
+        module = (study(of) if of else self.study).module
         given = {**module.POINTS[0], **point}
         made = {**module.CANARY} if self.tier == "smoke" else given
         return given | call(module.run, made)["result"]
@@ -88,19 +89,19 @@ class Lab:
         At least one is repeated, the cheapest when none is short enough; at the smoke tier the
         canary. seed: of the drawing.
         """
-        module = self.study.module
+        parts = self.study.parts()
         if self.tier == "smoke":
-            again, stored = (
-                call(module.run, module.CANARY)["result"],
-                self.study.read()[0]["canary"],
-            )
+            source = parts[0][0]
+            again = call(source.module.run, source.module.CANARY)["result"]
+            stored = source.read()[0]["canary"]
             self.say(_compared([(again, stored)], [], "the study's canary repeated here"))
             return
-        rows = [r for r in self.study.rows() if any(map(comparable, *zip(*r["result"].items())))]
+        rows = [row | {"of": source} for source, found in parts for row in found]
+        rows = [r for r in rows if any(map(comparable, *zip(*r["result"].items())))]
         rows = [row for row in rows if matching([row["point"]], **where)]
         drawn = _drawn(rows, 60 * minutes, random.Random(seed))
         pairs = [
-            (call(module.run, row["point"])["result"], row["result"])
+            (call(row["of"].module.run, row["point"])["result"], row["result"])
             for row in self.progress(drawn, "repeating stored runs")
         ]
         self.say(_compared(pairs, rows, f"{len(drawn)} of {len(rows)} runs repeated here"))
@@ -123,11 +124,11 @@ class Lab:
         claim is judged from the study's stored runs, at every tier.
         note: a sentence of context, such as why an effect differs from the paper's.
         """
-        study = self.study
-        claim = study.paper.claim(id)
+        own = self.study
+        claim = own.paper.claim(id)
         source = "lab" if values is not None else "study"
         if values is None:
-            values = study.module.values(study.runs())[id]
+            values = own.module.values(own.runs())[id]
         verdict = replace(judge(claim, values, note), source=source)
         if id not in self.verdicts:  # a cell that is run again records nothing twice
             record(verdict)

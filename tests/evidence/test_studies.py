@@ -152,6 +152,57 @@ def test_files_edited_by_hand_are_noticed(study):
     assert any("tuned on seeds that it is judged on" in text for text in study.problems())
 
 
+@pytest.fixture
+def reader(study, tmp_path, monkeypatch):
+    """A paper's study that reads a shared one: (reader, its module, the shared study)."""
+    own, module = study
+    shared = types.ModuleType("lablib.studies.fabricated_grid")
+    shared.POINTS = [{"part": p, "seed": s} for p in ("size", "data") for s in range(5)]
+    shared.TUNING, shared.CANARY = [], {"part": "size", "seed": 9}
+    shared.run = lambda part, seed: {"loss": seed / 10}
+    monkeypatch.setitem(sys.modules, shared.__name__, shared)
+    monkeypatch.setattr(studies, "data_dir", lambda: tmp_path / "data")
+    module.READS = {"fabricated-grid": {"part": ("data",)}}
+    grid = Study(studies.Shared("fabricated-grid"))
+    own.make()
+    return own, module, grid
+
+
+def test_a_study_reads_what_it_asks_for_of_a_shared_one(reader):
+    own, _module, grid = reader
+    assert "fabricated-grid has no runs yet" in own.problems()[0]
+    grid.make()
+    assert own.problems() == grid.problems() == [] and grid.verdicts() == []
+    assert len(own.runs()) == 15 and len(grid.runs()) == 10
+    assert own.runs()[10:] == [{"part": "data", "seed": s, "loss": s / 10} for s in range(5)]
+    assert [study.paper.slug for study, _ in own.parts()] == ["fabricated", "fabricated-grid"]
+    assert len(own.runs("TUNING")) == 2
+
+
+def test_a_reader_may_have_no_runs_of_its_own(reader):
+    own, module, grid = reader
+    grid.make()
+    own.path.unlink()
+    del module.run, module.POINTS, module.TUNING, module.CANARY
+    own.make()
+    assert not own.path.exists() and own.problems() == [] and len(own.runs()) == 5
+
+
+def test_a_shared_study_that_is_stale_makes_its_readers_stale(reader):
+    own, module, grid = reader
+    grid.make()
+    module.code_now = "two"
+    sys.modules["lablib.studies.fabricated_grid"].run = lambda part, seed: {"loss": 7.0}
+    assert ["fabricated-grid is stale" in text for text in own.problems()] == [True]
+
+
+def test_a_shared_study_is_found_by_its_name():
+    assert studies.study("scaling-grid").paper == studies.Shared("scaling-grid")
+    assert studies.study("glam").paper.slug == "glam"
+    with pytest.raises(KeyError, match="no paper is called 'scaling-gird'"):
+        studies.study("scaling-gird")
+
+
 def test_a_paper_without_runs_says_what_to_do():
     study = next(study for study in map(Study, papers()) if not study.path.is_file())
     with pytest.raises(StudyError, match=f"python -m lablib study {study.paper.slug}"):

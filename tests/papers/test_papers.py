@@ -59,6 +59,8 @@ def test_no_file_belongs_to_no_paper():
     files = [path for place in places for path in place.glob("*.py")]
     files += [*(root / "labs").glob("*/*.ipynb"), *(root / "data/results").glob("*.json")]
     files += (root / "data/studies").glob("*.jsonl")
+    commons = [path for path in shared if path.parent == PACKAGE / "studies"]
+    expected |= {root / f"data/studies/{path.stem.replace('_', '-')}.jsonl" for path in commons}
     allowed = {"__init__.py", "start_here.py"}
     strays = [p for p in files if p not in expected | shared and p.name not in allowed]
     assert strays == [], "a theme's other modules are imported by what a present paper has"

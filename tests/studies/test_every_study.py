@@ -6,26 +6,41 @@ import math
 import pytest
 
 from lablib.evidence.claims import REPRODUCED, judge
-from lablib.evidence.studies import Study, exchanged, matching, replaced
+from lablib.evidence.studies import Shared, Study, exchanged, matching, replaced
 from lablib.papers import papers
+from lablib.paths import PACKAGE
 
 STUDIES = [study for study in map(Study, papers()) if study.exists]
+NAMES = {study.paper.name for study in STUDIES}
+FILES = {path.stem for path in (PACKAGE / "studies").glob("*.py")} - {"__init__"}
+SHARED = [Study(Shared(name.replace("_", "-"))) for name in sorted(FILES - NAMES)]
 each = pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.paper.slug)
 ROLES = [(study, id) for study in STUDIES for id in study.module.ROLES]
 each_role = pytest.mark.parametrize(
     ("study", "id"), ROLES, ids=lambda value: getattr(value, "paper", value) and str(value)[:40]
 )
 
+each_of_all = pytest.mark.parametrize(
+    "study", [*STUDIES, *SHARED], ids=lambda study: study.paper.slug
+)
 
-@each
+
+@each_of_all
 def test_its_runs_are_whole_and_its_canary_lives(study):
     assert study.problems() == []
 
 
-@each
+@pytest.mark.parametrize("study", SHARED, ids=lambda study: study.paper.slug)
+def test_a_shared_study_is_read(study):
+    assert any(study in [one for one, _ in reader.reads] for reader in STUDIES)
+
+
+@each_of_all
 def test_it_is_plain_code(study):
     module = study.module
-    assert module.__doc__ and callable(module.run) and callable(module.values)
+    assert module.__doc__ and (study in SHARED or callable(module.values))
+    if not study.has_own:
+        return
     names = set(inspect.signature(module.run).parameters)
     for point in [*module.POINTS, *module.TUNING, module.CANARY]:
         assert set(point) <= names
@@ -38,8 +53,9 @@ def test_method_and_baseline_were_tuned_with_as_many_tries(study):
     roles = next((r for r in study.module.ROLES.values() if not isinstance(r["method"], str)), None)
     if roles is None:
         pytest.skip("what is compared are results of one run")
-    kinds = [shared(roles[side], study.module.TUNING) for side in ("method", "baseline")]
-    tries = [len(matching(study.module.TUNING, **kind)) for kind in kinds]
+    tuning = [row["point"] for row in study.rows("TUNING")]
+    kinds = [shared(roles[side], tuning) for side in ("method", "baseline")]
+    tries = [len(matching(tuning, **kind)) for kind in kinds]
     assert tries[0] == tries[1] > 1
 
 

@@ -1,0 +1,209 @@
+"""The shared study of the scaling-law labs: one grid of small trainings on bytes of prose."""
+
+import math
+from functools import partial
+
+import torch
+
+from lablib.data import Batches, byte_text
+from lablib.evidence import grid
+from lablib.models import GPT, GPTConfig
+from lablib.training import evaluate, fit
+from lablib.training.optimizers import adamw
+from lablib.training.schedules import learning_rate_factor
+
+KB, MB = 2**10, 2**20
+SIZES = ((1, 16), (1, 32), (2, 32), (2, 48), (3, 64), (3, 96))
+CURVE, FINAL = 128, 512  # held-out windows of 128 bytes: of a curve's points, of the final loss
+
+
+def run(
+    part: str,
+    seed: int,
+    n_layers: int,
+    dim: int,
+    tokens: int,
+    batch: int,
+    lr: float,
+    unique: int | None = None,
+    length: int = 128,
+    schedule: str = "cosine",
+    end_lr: float | None = None,
+    init: float | None = None,
+    points: int = 8,
+    averages: tuple[float, ...] = (),
+) -> dict:
+    """Train one model on bytes; its final held-out loss in nats a byte, and its curve.
+
+    part: what the point is for; it changes nothing. tokens: bytes seen; batch: bytes a step; both
+        are whole numbers of `length`. unique: bytes that are there to be seen, else all are new.
+    end_lr: the rate that a cosine falls to, else a tenth of the peak. init: deviation of
+        the weights, else dim^-0.5.
+    points: of the curve, evenly spaced, on a quarter of the text that the final loss is taken on.
+    averages: decays per step of averaged weights, each evaluated as the curve is.
+    """
+    text = byte_text()
+    rows = [text.windows(length, limit * 128 // length) for limit in (CURVE, FINAL)]
+    model = build(seed, n_layers, dim, init)
+    steps = tokens // batch
+    every = max(1, steps // points)
+    watch = weight_averages(averages, rows[0], every)
+    own = [] if end_lr is None else [falling_to(end_lr / lr, steps)]
+    history = fit(
+        model,
+        Batches(text.first(unique or tokens, length), batch // length, length, seed),
+        steps=steps,
+        optimizer=adamw(lr, betas=(0.9, 0.95 if batch >= 1024 else 0.99)),
+        schedule=schedule,
+        seed=seed,
+        held_out=rows[0],
+        held_out_every=every,
+        progress=False,
+        callbacks=[*watch, *own],
+    )
+    curve = [round(loss, 4) for _, loss in history.held_out]
+    made = {
+        "N": model.n_parameters(embeddings=False),
+        "N_total": model.n_parameters(),
+        "loss": round(evaluate(model, rows[1]), 5),
+        "best_loss": min(curve),
+        "train_loss": round(sum(history.losses[-every:]) / every, 4),
+        "curve": curve,
+    }
+    if averages:
+        made["averaged"] = [[round(loss, 4) for _, loss in c] for c in watch[0].curves]
+    return made
+
+
+def build(seed: int, n_layers: int, dim: int, init: float | None) -> GPT:
+    """A model of the grid: heads of 16, bytes, room for 128 of them."""
+    torch.manual_seed(seed)
+    return GPT(
+        GPTConfig(
+            vocab_size=256,
+            dim=dim,
+            n_layers=n_layers,
+            n_heads=dim // 16,
+            max_length=128,
+            init_std=dim**-0.5 if init is None else init,
+        )
+    )
+
+
+def falling_to(floor: float, steps: int) -> object:
+    """The callback of a cosine that ends at another share of the peak than a tenth."""
+    from lablib.training.rates import OwnSchedule  # it imports Lightning
+
+    warmup = math.ceil(0.05 * steps)
+    return OwnSchedule(
+        partial(learning_rate_factor, steps=steps, schedule="cosine", warmup=warmup, floor=floor)
+    )
+
+
+def weight_averages(decays: tuple[float, ...], held_out: list, every: int) -> list:
+    """The callback that averages weights, in a list; none without decays."""
+    if not decays:
+        return []
+    from lablib.scaling.averages import WeightAverages  # it imports Lightning
+
+    return [WeightAverages(decays, held_out, every)]
+
+
+def tuning_of_size_and_data() -> list[dict]:
+    """Three rates a factor 2 apart, at the least data up to dim 96 and at more up to dim 64."""
+    ends = [2, 2, 2, 2, 1, None]
+    points = []
+    for (n_layers, dim), end in zip(SIZES, ends, strict=False):
+        middle = 0.02 if dim <= 48 else 0.01
+        tokens = [MB // 4] + ([end * MB] if end else [])
+        lr = (middle / 2, middle, middle * 2)
+        size = {"n_layers": n_layers, "dim": dim, "batch": 2048}
+        points += grid(part="size-data", seed=100, **size, tokens=tokens, lr=lr)
+    return points
+
+
+def rate(dim: int) -> float:
+    """The best rate of a width, as tuned; it hardly moves with the data."""
+    return round(0.7 / dim, 4)
+
+
+def size_and_data() -> list[dict]:
+    """Every size with 0.25 MiB and its doubles, while a run stays near a minute."""
+    most = (8, 4, 4, 2, 2, 0.5)  # MiB
+    return [
+        point
+        for (n_layers, dim), end in zip(SIZES, most)
+        for point in grid(
+            part="size-data",
+            seed=range(5),
+            n_layers=n_layers,
+            dim=dim,
+            tokens=[MB // 4 * 2**i for i in range(6) if 2**i / 4 <= end],
+            batch=2048,
+            lr=rate(dim),
+        )
+    ]
+
+
+def repetition() -> list[dict]:
+    """2, 4, 8, ... epochs of little text; one epoch of as many bytes is in `size_and_data`."""
+    most = {
+        (1, 32): {64 * KB: 4 * MB, 256 * KB: 4 * MB, MB: 4 * MB},
+        (2, 48): {64 * KB: MB, 256 * KB: 2 * MB},
+        (3, 64): {64 * KB: MB},
+    }
+    return [
+        point
+        for (n_layers, dim), ends in most.items()
+        for unique, end in ends.items()
+        for point in grid(
+            part="repetition",
+            seed=range(5),
+            n_layers=n_layers,
+            dim=dim,
+            tokens=[unique * 2**i for i in range(1, 7) if 256 * KB <= unique * 2**i <= end],
+            batch=2048,
+            lr=rate(dim),
+            unique=unique,
+        )
+    ]
+
+
+WINDOWS = (16 * KB, 48 * KB, 144 * KB)  # bytes that an average of the weights looks back over
+
+
+def to_a_loss(seed: int | range, n_layers: int, dim: int, batch: int, lr) -> list[dict]:
+    """Constant rate, three averages of the weights, 1 MiB: how many steps a batch needs."""
+    decays = [round(math.exp(-batch / window), 5) for window in WINDOWS]
+    size = {"n_layers": n_layers, "dim": dim, "tokens": MB, "batch": batch, "lr": lr}
+    points = grid(part="steps", seed=seed, **size, schedule="constant", points=32)
+    return [point | {"averages": decays} for point in points]
+
+
+def tuning_of_steps() -> list[dict]:
+    """Three rates a factor 2 apart at three batches."""
+    points = []
+    for n_layers, dim in ((1, 32), (2, 48)):
+        for batch in (256, 1024, 4096):
+            middle = 0.02 * math.sqrt(batch / 2048) * 32 / dim
+            lr = [round(middle * factor, 4) for factor in (0.5, 1, 2)]
+            points += to_a_loss(100, n_layers, dim, batch, lr)
+    return points
+
+
+POINTS = sorted([*size_and_data(), *repetition()], key=lambda point: point["seed"])
+LIMIT_KB = 1000
+TUNING = [*tuning_of_size_and_data(), *tuning_of_steps()]
+CANARY = {
+    "part": "canary",
+    "seed": 7,
+    "n_layers": 1,
+    "dim": 16,
+    "tokens": 8 * KB,
+    "batch": 1024,
+    "lr": 0.01,
+    "unique": 4 * KB,
+    "end_lr": 1e-5,
+    "points": 2,
+    "averages": [0.5],
+}

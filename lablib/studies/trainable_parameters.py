@@ -1,0 +1,154 @@
+"""The study of trainable parameters (2021): doped and structured models beside a dense ladder.
+
+A run is one seed's ladder and its variants, and the law that is fitted to the ladder. Models and
+text are those of the shared grid of small trainings, initialized with dim^-0.5; frozen weights and
+structured layers begin as large as the dense ones that they join or replace. All see half a MiB.
+The doped model's training FLOPs are matched by a dense model of its trained size that reads on.
+
+Rates were tried on seed 100 and a quarter of a MiB, three for each kind, dense models included. The
+middle one, the shared grid's for the width, was the best for every kind but the dense one, which
+was better at twice that by less than a seed moves it; it was kept for all. The plan had 1 MiB, a
+second tuning seed, a ladder up to three layers of 96 and four more variants; they were cut for
+time.
+"""
+
+from functools import partial
+
+import numpy as np
+
+from lablib.data import Batches, byte_text
+from lablib.evidence import Pair
+from lablib.scaling import trainable_parameters as tp
+from lablib.scaling.inference import Fit
+from lablib.scaling.inference import fit as fit_law
+from lablib.scaling.laws import power_plus
+from lablib.studies.scaling_grid import build
+from lablib.training import evaluate, fit
+from lablib.training.optimizers import adamw
+
+KB = 2**10
+BATCH, LENGTH = 2048, 128
+TOKENS = 512 * KB
+LONGER = 426 * BATCH  # the FLOPs of a model of which half is frozen, spent on the trained half
+RATES = {16: 0.0437, 32: 0.0219, 48: 0.0146}  # by dim
+# kind, layers, dim, share of frozen blocks or units
+LADDER = [("dense", *size, 0.0) for size in ((1, 16), (1, 32), (2, 32), (2, 48), (4, 32))]
+DOPED = [("blocks", 2, 32, 0.5), ("units", 2, 32, 0.5), ("half", 2, 48, 0.5)]
+STRUCTURED = [(kind, 2, 32, 0.0) for kind in ("monarch", "circulant", "hadamard")]
+KINDS = (*LADDER, *DOPED, *STRUCTURED)
+BASE, LARGER, DOUBLED = LADDER[2], LADDER[4], DOPED[0]
+COLUMNS = ("kind", "n_layers", "dim", "share", "trainable", "total", "loss")
+
+
+def run(
+    seed: int,
+    kinds: tuple = KINDS,
+    tokens: int = TOKENS,
+    longer: int = LONGER,
+    lr: float | None = None,
+    windows: int = 512,
+) -> dict:
+    """Train one seed's models on bytes; "rows" has the columns of COLUMNS, losses in nats a byte.
+
+    kinds: (kind, layers, dim, share) each; a kind is "dense"; "blocks" or "units", to which frozen
+    ones are added until they are `share` of all; "half", whose every second block is frozen; or one
+    of structured feed-forward layers. longer: bytes that one more dense model sees; 0 leaves it
+    out. lr: None takes the width's. windows: held-out, of 128 bytes.
+    """
+    train = partial(trained, seed=seed, lr=lr, windows=windows)
+    rows = [train(*kind, tokens=tokens) for kind in kinds]
+    made = {"rows": [[row[name] for name in COLUMNS] for row in rows], "loss": rows[-1]["loss"]}
+    if longer:
+        made["loss_longer"] = train(*BASE, tokens=longer)["loss"]
+    whole = tuple(map(tuple, kinds)) == KINDS
+    return made | (compared(rows) if whole else {})
+
+
+def trained(
+    kind: str,
+    n_layers: int,
+    dim: int,
+    share: float,
+    tokens: int,
+    seed: int,
+    lr: float | None,
+    windows: int,
+) -> dict:
+    """Train one model; its two sizes and its held-out loss."""
+    text = byte_text()
+    model = build(seed, n_layers, dim, None)
+    if kind in tp.KINDS:
+        tp.structured_(model, kind)
+    elif kind == "half":
+        tp.freeze_(model, range(1, n_layers, 2))
+    elif kind != "dense":
+        tp.dope_(model, share, kind)
+    rows = Batches(text.first(tokens, LENGTH), BATCH // LENGTH, LENGTH, seed)
+    optimizer = adamw(lr or RATES[dim])
+    fit(model, rows, steps=tokens // BATCH, optimizer=optimizer, seed=seed, progress=False)
+    loss = round(evaluate(model, text.windows(LENGTH, windows)), 5)
+    return dict(zip(COLUMNS, (kind, n_layers, dim, share, *tp.counts(model), loss)))
+
+
+def compared(rows: list[dict]) -> dict:
+    """What claims compare: the dense law's errors by both sizes, gains, and losses."""
+    law = ladder_law(rows)
+    asked = {"": [*DOPED, *STRUCTURED], "doped_": DOPED, "structured_": STRUCTURED}
+    made = {
+        f"{which}error_{size}": error(law, rows, kinds, size)
+        for which, kinds in asked.items()
+        for size in ("trainable", "total")
+    }
+    loss = {kind_of(row): row["loss"] for row in rows}
+    made["gain_frozen"] = loss[BASE] - loss[DOUBLED]
+    made["half_gain_trained"] = (loss[BASE] - loss[LARGER]) / 2
+    return made | {"loss_doped": loss[DOUBLED]}
+
+
+def kind_of(row: dict) -> tuple:
+    """What names a row's kind of model."""
+    return tuple(row[name] for name in COLUMNS[:4])
+
+
+def ladder_law(rows: list[dict]) -> Fit:
+    """c + a N^-b through the dense models of all sizes."""
+    dense = [row for row in rows if kind_of(row) in LADDER]
+    x, loss = (np.array([row[key] for row in dense], float) for key in ("trainable", "loss"))
+    return fit_law(power_plus, {"x": x, "loss": loss}, "loss")
+
+
+def error(law: Fit, rows: list[dict], kinds: list, size: str) -> float:
+    """Mean absolute error of log loss over kinds, by a law that is told one of their sizes."""
+    kept = [row for row in rows if kind_of(row) in kinds]
+    x, loss = (np.array([row[key] for row in kept], float) for key in (size, "loss"))
+    return float(np.abs(np.log(law.predict(x=x) / loss)).mean())
+
+
+def rows_of(run: dict) -> list[dict]:
+    """A run's rows with names."""
+    return [dict(zip(COLUMNS, row)) for row in run["rows"]]
+
+
+SEEDS = range(5)
+SMALL = {"kinds": (LADDER[0],), "longer": 0}  # short enough to be repeated in a lab
+POINTS = [*[{"seed": seed} for seed in SEEDS], *[SMALL | {"seed": seed} for seed in range(2)]]
+TRIED = {"kinds": (BASE, *DOPED[:2], *STRUCTURED), "tokens": 256 * KB, "longer": 0, "seed": 100}
+TUNING = [TRIED | {"lr": lr} for lr in (0.011, 0.0219, 0.0437)]
+CANARY = {"seed": 200, "tokens": 4 * BATCH, "longer": 0, "lr": 0.01, "windows": 16}
+CANARY |= {"kinds": (("units", 1, 16, 0.5), ("monarch", 1, 16, 0.0))}
+ROLES = {
+    "trainable": {"method": "error_trainable", "baseline": "error_total"},
+    "doping": {"method": "gain_frozen", "baseline": "half_gain_trained"},
+    "flops": {"method": "loss_longer", "baseline": "loss_doped"},
+    "doped": {"method": "doped_error_trainable", "baseline": "doped_error_total"},
+    "structured": {"method": "structured_error_trainable", "baseline": "structured_error_total"},
+}
+
+
+def values(runs: list) -> dict:
+    """What each claim is judged on: a pair a seed, from the whole ladders."""
+    whole = [run for run in runs if "gain_frozen" in run]
+    return {
+        id: [Pair(run["seed"], run[role["method"]], run[role["baseline"]]) for run in whole]
+        for id, role in ROLES.items()
+    }

@@ -1,0 +1,172 @@
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lablib.experts.accounting import flops
+from lablib.models import GPT, GPTConfig
+from lablib.scaling import token_crisis as tc
+from lablib.studies import token_crisis as study
+from lablib.training import fit, next_token_loss
+
+
+def small(**options):
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 50, "dim": 16, "n_layers": 3, "n_heads": 2, "init_std": 0.3}
+    return GPT(GPTConfig(**sizes | {"max_length": 32} | options))
+
+
+def tokens(rows=4, length=13):
+    return torch.randint(50, (rows, length))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_is_torchs(p):
+    x = torch.randn(200, 300)
+    torch.manual_seed(3)
+    ours = tc.dropout(x, p)
+    lost = ours == 0
+    torch.testing.assert_close(ours[~lost], x[~lost] / (1 - p))
+    assert lost.float().mean().item() == pytest.approx(p, abs=0.01)
+    theirs = F.dropout(x, p)
+    assert (theirs == 0).float().mean().item() == pytest.approx(p, abs=0.01)
+    torch.testing.assert_close(ours.var(), theirs.var(), rtol=0.05, atol=0)
+
+
+def test_drop_path_takes_whole_sequences_and_keeps_the_mean():
+    x = torch.ones(4000, 3, 2)
+    made = tc.drop_path(x, 0.25)
+    torch.testing.assert_close(made.unique(), torch.tensor([0, 4 / 3]))
+    assert (made == made[:, :1, :1]).all(), "a sequence is kept or lost as a whole"
+    assert made.mean().item() == pytest.approx(1, abs=0.03)
+    assert 0 < (made[:, 0, 0] == 0).sum() < 4000
+
+
+def test_smoothing_equals_torchs_in_training_and_is_off_in_evaluation():
+    model, batch = small(), tokens()
+    logits = model(batch[:, :-1]).flatten(0, 1)
+    wanted = F.cross_entropy(logits, batch[:, 1:].flatten(), label_smoothing=0.2)
+    torch.testing.assert_close(tc.smoothed_loss(model, batch, 0.2), wanted)
+    model.eval()
+    plain = next_token_loss(model, batch)
+    torch.testing.assert_close(tc.smoothed_loss(model, batch, 0.2), plain)
+    assert not torch.allclose(wanted, plain)
+
+
+@pytest.mark.parametrize("drop", [tc.dropout, tc.drop_path])
+def test_noise_is_off_in_evaluation_and_at_0(drop):
+    model, batch = small(), tokens()
+    before = model(batch)
+    noise = tc.noisy_(model, 0.5, drop)
+    assert not torch.allclose(model(batch), before)
+    torch.testing.assert_close(model.eval()(batch), before)
+    noise.p = 0.0
+    torch.testing.assert_close(model.train()(batch), before)
+
+
+def test_noise_is_in_every_part_once_also_where_blocks_are_shared():
+    model = tc.share_blocks_(small())
+    calls = []
+    noise = tc.noisy_(model, 0.5, lambda x, p: calls.append(p) or x)
+    model(tokens())
+    assert calls == [0.5] * 6, "two parts of each of three layers"
+    noise.drop = tc.drop_path
+    with pytest.raises(ValueError, match="p is 1"):
+        tc.Noise(1.0)
+
+
+def test_drop_path_of_all_parts_leaves_the_embedding():
+    model, batch = small(), tokens()
+    tc.noisy_(model, 0.999999, tc.drop_path)
+    torch.testing.assert_close(model(batch), model.head(model.norm(model.embedding(batch))))
+
+
+def test_noise_works_on_a_model_of_transformers():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).train()
+    batch = tokens()
+    before = model(batch).logits
+    tc.noisy_(model, 0.5)
+    assert not torch.allclose(model(batch).logits, before)
+    torch.testing.assert_close(model.eval()(batch).logits, before)
+
+
+def test_late_dropout_is_the_plain_run_until_its_step():
+    rows = [tokens() for _ in range(6)]
+    losses = []
+    for late in (False, True):
+        model = small()
+        noise = tc.noisy_(model, 0.0)
+        options = {"callbacks": [tc.switched_on(noise, 0.5, 3)]} if late else {}
+        losses.append(fit(model, rows, steps=6, lr=1e-3, progress=False, **options).losses)
+    assert losses[0][:3] == losses[1][:3]
+    assert losses[0][3] != losses[1][3] and noise.p == 0.5
+
+
+def test_shared_blocks_have_a_blocks_parameters_and_the_same_flops():
+    dense, shared = small(), tc.share_blocks_(small())
+    block = sum(p.numel() for p in dense.blocks[0].parameters())
+    assert dense.n_parameters() - shared.n_parameters() == 2 * block
+    dense.blocks[1] = copy.deepcopy(dense.blocks[0])
+    dense.blocks[2] = copy.deepcopy(dense.blocks[0])
+    batch = tokens()
+    torch.testing.assert_close(shared(batch), dense(batch))
+
+
+def test_the_studys_models_have_equal_flops_and_other_sizes():
+    plain, experts = study.build("plain", 0), study.build("experts", 0)
+    assert flops(experts, 128) == flops(plain, 128)
+    kinds = ("small", "shared", "plain", "experts")
+    sizes = [study.build(kind, 0).n_parameters(embeddings=False) for kind in kinds]
+    assert sizes == sorted(set(sizes)), "each has more parameters than the one before"
+    deviation = experts.blocks[0].mlp.experts.gate_up.std().item()
+    assert deviation == pytest.approx(48**-0.5, rel=0.05)
+
+
+def test_degradation():
+    made = tc.degradation([3.0, 2.5, 2.75], fresh=2.25)
+    assert made == (0.25, 0.5)
+
+
+def test_bytes_losses_are_the_models():
+    model = small(vocab_size=256)
+    text = b"to be or not"
+    ids = torch.tensor(list(text))[None]
+    losses = tc.byte_losses(model, text)
+    assert len(losses) == len(text) - 1
+    torch.testing.assert_close(losses.mean(), next_token_loss(model, ids))
+    with pytest.raises(ValueError, match="1 bytes"):
+        tc.byte_losses(model, b"t")
+    with pytest.raises(ValueError, match="2 to 33"):
+        tc.byte_losses(model, b"t" * 34)
+
+
+@pytest.mark.parametrize("size", ["base", "large", "xl"])
+def test_t5_counts_are_those_of_transformers(size):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    dim, width, layers, heads = tc.T5[size]
+    sizes = {"d_model": dim, "d_ff": width, "num_layers": layers, "num_heads": heads}
+    gated = {"feed_forward_proj": "gated-gelu", "vocab_size": 32128}
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(T5Config(**sizes, **gated))
+        # Version 1.1 has a head of its own; transformers 5 ties every T5's.
+        model.lm_head = torch.nn.Linear(dim, 32128, bias=False)
+    assert tc.t5_parameters(size) == sum(p.numel() for p in model.parameters())
+
+
+def test_published_values_agree_with_the_counts():
+    printed = {name: float(row["value"]) for name, row in tc.published().items()}
+    counts = {
+        "t5-large": tc.t5_parameters("large"),
+        "moe-base": tc.t5_parameters("base", experts=16),
+        "moe-large": tc.t5_parameters("large", experts=16),
+        "t5-xl": tc.t5_parameters("xl"),
+    }
+    for name, count in counts.items():
+        assert count / 1e6 == pytest.approx(printed[name], rel=0.02)
+    assert printed["repeated"] < printed["smoothing"] < printed["dropout"] < printed["fresh"]
+    assert all(row["source"] for row in tc.published().values())

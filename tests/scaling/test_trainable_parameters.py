@@ -1,0 +1,266 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from lablib.exercises import trainable_parameters as exercises
+from lablib.models import GPT, GPTConfig
+from lablib.scaling import trainable_parameters as tp
+from lablib.studies import trainable_parameters as study
+from lablib.training import fit
+
+# Outputs and gradients of torch-structured 1.3.0, recorded once.
+RECORDED = json.loads(Path(__file__).with_name("torch_structured.json").read_text("utf-8"))
+
+
+def small(**options):
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 50, "dim": 16, "n_layers": 2, "n_heads": 2, "ffn_dim": 32}
+    return GPT(GPTConfig(**sizes | {"init_std": 0.25, "max_length": 32} | options))
+
+
+def tokens(rows=4, length=13):
+    return torch.randint(50, (rows, length))
+
+
+def recorded(kind, name, *shape):
+    return torch.tensor(RECORDED[kind][name]).reshape(shape)
+
+
+def test_hadamard_transforms_are_scipys():
+    for n in (1, 2, 8, 64):
+        x = torch.randn(3, n, dtype=torch.float64)
+        wanted = x @ torch.tensor(scipy.linalg.hadamard(n), dtype=torch.float64) / n**0.5
+        torch.testing.assert_close(tp.hadamard(x), wanted)
+    with pytest.raises(ValueError, match="power of 2"):
+        tp.hadamard(torch.randn(3, 12))
+
+
+@pytest.mark.parametrize(("ins", "outs"), [(8, 8), (8, 24), (6, 10), (16, 5)])
+def test_hdhd_is_its_product_of_matrices(ins, outs):
+    layer = tp.HDHD(ins, outs).double()
+    n = layer.diagonals.shape[-1]
+    h = scipy.linalg.hadamard(n) / n**0.5
+    products = [h @ np.diag(a) @ h @ np.diag(b) for a, b in layer.diagonals.detach().numpy()]
+    wanted = torch.tensor(np.concatenate(products)[:outs, :ins])
+    torch.testing.assert_close(tp.dense(layer), wanted)
+    x = torch.randn(4, 3, ins, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), x @ wanted.T)
+
+
+@pytest.mark.parametrize(("ins", "outs"), [(8, 8), (6, 18), (8, 11)])
+def test_circulant_layers_are_scipys_matrices(ins, outs):
+    layer = tp.Circulant(ins, outs).double()
+    rows = [scipy.linalg.circulant(column) for column in layer.column.detach().numpy()]
+    wanted = torch.tensor(np.concatenate(rows)[:outs])
+    torch.testing.assert_close(tp.dense(layer), wanted)
+
+
+@pytest.mark.parametrize(("ins", "outs", "blocks"), [(16, 16, 4), (32, 12, 4), (36, 9, 3)])
+def test_monarch_layers_are_blocks_and_permutations(ins, outs, blocks):
+    layer = tp.Monarch(ins, outs, blocks=blocks).double()
+    first, second = (torch.block_diag(*part.detach()) for part in (layer.first, layer.second))
+    width = ins // blocks
+    across = torch.arange(ins).view(width, blocks).T.flatten()
+    back = torch.arange(outs).view(blocks, outs // blocks).T.flatten()
+    wanted = (second @ first[across])[back]
+    torch.testing.assert_close(tp.dense(layer), wanted)
+
+
+def test_monarch_layers_equal_torch_structureds_with_gradients():
+    layer = tp.Monarch(16, 24, blocks=4)
+    layer.first.data = recorded("monarch", "first", 4, 4, 4)
+    layer.second.data = recorded("monarch", "second", 4, 6, 4)
+    x = recorded("monarch", "x", 3, 16).requires_grad_()
+    y = layer(x)
+    torch.testing.assert_close(y, recorded("monarch", "y", 3, 24), atol=1e-5, rtol=0)
+    (y * recorded("monarch", "upstream", 3, 24)).sum().backward()
+    for name, part in (("x", x), ("first", layer.first), ("second", layer.second)):
+        wanted = recorded("monarch", f"{name}_gradient", *part.shape)
+        torch.testing.assert_close(part.grad, wanted, atol=1e-5, rtol=0)
+
+
+def test_circulant_and_hadamard_equal_torch_structureds_with_gradients():
+    layer = tp.Circulant(8, 8)
+    layer.column.data = recorded("circulant", "column", 1, 8)
+    x = recorded("circulant", "x", 3, 8).requires_grad_()
+    y = layer(x)
+    torch.testing.assert_close(y, recorded("circulant", "y", 3, 8), atol=1e-5, rtol=0)
+    (y * recorded("circulant", "upstream", 3, 8)).sum().backward()
+    for name, part in (("x", x), ("column", layer.column)):
+        wanted = recorded("circulant", f"{name}_gradient", *part.shape)
+        torch.testing.assert_close(part.grad, wanted, atol=1e-5, rtol=0)
+    x = recorded("hadamard", "x", 3, 16).requires_grad_()
+    y = tp.hadamard(x)
+    torch.testing.assert_close(y, recorded("hadamard", "y", 3, 16), atol=1e-5, rtol=0)
+    (y * recorded("hadamard", "upstream", 3, 16)).sum().backward()
+    wanted = recorded("hadamard", "x_gradient", 3, 16)
+    torch.testing.assert_close(x.grad, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", tp.KINDS)
+@pytest.mark.parametrize(("ins", "outs"), [(32, 96), (96, 32), (48, 128)])
+def test_structured_layers_begin_with_outputs_as_large_as_dense_ones(kind, ins, outs):
+    torch.manual_seed(0)
+    x = torch.randn(400, ins)
+    sizes = [tp.KINDS[kind](ins, outs, 0.2)(x).square().mean() for _ in range(20)]
+    padded = 2 ** np.ceil(np.log2(ins)) / ins if kind == "hadamard" else 1
+    assert torch.stack(sizes).mean().item() * padded == pytest.approx(ins * 0.2**2, rel=0.25)
+
+
+def test_the_nearest_monarch_matrix_is_a_monarch_matrix_and_the_nearest():
+    torch.manual_seed(0)
+    weight = torch.randn(24, 16)
+    nearest = tp.dense(tp.nearest_monarch(weight, 4))
+    again = tp.dense(tp.nearest_monarch(nearest.detach(), 4))
+    torch.testing.assert_close(again, nearest, atol=1e-5, rtol=1e-4)
+    found = (nearest - weight).norm().item()
+    layer = tp.Monarch(16, 24, std=1.0, blocks=4)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (tp.dense(layer) - weight).square().sum()
+        loss.backward()
+        return loss
+
+    by_search = optimizer.step(closure) and (tp.dense(layer) - weight).norm().item()
+    assert found <= by_search + 1e-3 and found == pytest.approx(by_search, rel=0.02)
+
+
+def test_impossible_layers_are_refused():
+    with pytest.raises(ValueError, match="no Monarch form"):
+        tp.Monarch(20, 20, blocks=4)
+    with pytest.raises(ValueError, match="none of hadamard"):
+        tp.structured_(small(), "toeplitz")
+    with pytest.raises(ValueError, match="frozen asks for"):
+        tp.dope_(small(), 0.4)
+    with pytest.raises(ValueError, match="neither"):
+        tp.dope_(small(), 0.5, "heads")
+
+
+DOPED = {
+    "blocks": lambda model: tp.dope_(model, 0.5),
+    "units": lambda model: tp.dope_(model, 0.75, "units"),
+    "half": lambda model: tp.freeze_(model, [1]),
+}
+
+
+@pytest.mark.parametrize("kind", DOPED)
+def test_frozen_weights_are_the_same_bits_after_training_and_the_others_are_not(kind):
+    model = DOPED[kind](small())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    fit(model, [tokens()], steps=3, lr=1e-2, progress=False)
+    same = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert frozen == same and frozen
+
+
+def test_counts_of_doped_models():
+    block = 4 * 16 * 16 + 3 * 16 * 32 + 2 * 16
+    assert tp.counts(small()) == (2 * block, 2 * block)
+    assert tp.counts(tp.dope_(small(), 0.5)) == (2 * block, 4 * block)
+    units = 3 * 16 * 32
+    assert tp.counts(tp.dope_(small(), 0.75, "units")) == (2 * block, 2 * block + 6 * units)
+    assert tp.counts(tp.freeze_(small(), [0])) == (block, 2 * block)
+
+
+def test_structured_layers_count_what_they_train_and_what_they_stand_for():
+    dense = tp.counts(small())
+    trained = {"hadamard": 2 * (2 * 16 * 2) + 2 * 32, "circulant": 2 * 2 * 16 + 32}
+    trained["monarch"] = 2 * (4 * 4 * 4 + 4 * 8 * 4) + (4 * 8 * 8 + 4 * 4 * 8)
+    for kind, expected in trained.items():
+        count = tp.counts(tp.structured_(small(), kind))
+        assert count.total == dense.total
+        assert count.trainable == dense.total - 2 * 3 * 16 * 32 + 2 * expected
+
+
+def test_frozen_blocks_stand_between_the_trained_ones_and_count():
+    model = tp.dope_(small(), 0.5)
+    frozen = [not next(b.parameters()).requires_grad for b in model.blocks]
+    assert frozen == [False, True, False, True]
+    text = tokens()
+    whole = model(text)
+    model.blocks = model.blocks[::2]
+    assert not torch.allclose(whole, model(text))
+
+
+def test_doped_units_add_up_with_the_trained_ones():
+    model = tp.dope_(small(), 0.5, "units")
+    layer, x = model.blocks[0].mlp, torch.randn(5, 16)
+    torch.testing.assert_close(layer(x), layer.trained(x) + layer.frozen(x))
+    assert layer.frozen.gate.out_features == 32
+
+
+def test_training_flops_are_six_a_weight_when_all_are_trained():
+    assert tp.training_flops(tp.Counts(10, 10), 7) == 6 * 10 * 7
+    assert tp.training_flops(tp.Counts(10, 20), 1) == exercises._flops(10, 10, 1)
+
+
+def test_the_study_matches_flops():
+    doped = tp.training_flops(tp.Counts(1, 2), study.TOKENS)
+    assert tp.training_flops(tp.Counts(1, 1), study.LONGER) == pytest.approx(doped, rel=0.005)
+
+
+def test_structured_models_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    model = tp.structured_(transformers.LlamaForCausalLM(config), "monarch")
+    assert model(tokens()).logits.shape == (4, 13, 50)
+    assert tp.counts(model).trainable < tp.counts(model).total
+
+
+def one_diagonal(ins, outs):
+    trained, dense = exercises._count(ins, outs)
+    return trained // 2, dense
+
+
+def no_padding(ins, outs):
+    return 2 * ins * -(-outs // ins), ins * outs
+
+
+def one_product(ins, outs):
+    return 2 * 2 ** int(np.ceil(np.log2(max(ins, 2)))), ins * outs
+
+
+def unscaled(x):
+    return exercises._transform(x) * len(x) ** 0.5
+
+
+def one_level(x):
+    first, second = np.split(x, 2)
+    return np.concatenate([first + second, first - second]) / 2**0.5
+
+
+def interleaved(x):
+    return exercises._transform(x)[::-1].copy()
+
+
+def all_six(trained, frozen, tokens):
+    return 6 * (trained + frozen) * tokens
+
+
+def not_back(trained, frozen, tokens):
+    return (6 * trained + 2 * frozen) * tokens
+
+
+def trained_only(trained, frozen, tokens):
+    return 6 * trained * tokens
+
+
+WRONG = {
+    "count": [one_diagonal, no_padding, one_product],
+    "transform": [unscaled, one_level, interleaved],
+    "flops": [all_six, not_back, trained_only],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_exercises_tell_right_from_wrong(name, tells_right_from_wrong):
+    tells_right_from_wrong(getattr(exercises, name), WRONG[name])
