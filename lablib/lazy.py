@@ -20,6 +20,7 @@ def lazy(
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     def names() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *places})
+        found = vars(sys.modules[package])
+        return sorted({*found, *found.get("__all__", ()), *places})
 
     return get, names

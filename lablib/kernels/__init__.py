@@ -7,6 +7,7 @@ second derivatives that a fast path does not have, are those of the definition.
 """
 
 # Imported at once: a folder and its function share their name, and the function must win.
+from lablib.kernels.dequant_matmul import dequant_matmul
 from lablib.kernels.grouped_linear import grouped_linear
 from lablib.kernels.linear_cross_entropy import linear_cross_entropy
 from lablib.kernels.moe_mlp import moe_mlp
@@ -15,6 +16,7 @@ from lablib.kernels.select_tokens import merge_tokens, select_tokens
 
 __all__ = [
     "Routing",
+    "dequant_matmul",
     "grouped_linear",
     "linear_cross_entropy",
     "merge_tokens",

@@ -221,3 +221,17 @@ def pretrained(name: str, dtype=None):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.split_special_tokens = not tokenizer.chat_template
     return model, tokenizer
+
+
+def weight_grid(weight, group: int = 32):
+    """Distinct values in each group of neighbours along the input axis: (out, in / group) int64.
+
+    Few mean that the matrix was quantized before it came here: at most 16 in groups of 32 for
+    SmolLM2, whose weights come from a 4-bit file. To quantize such a matrix again in the same
+    groups costs nothing, and in others it rounds twice.
+    Raises ValueError unless weight (out, in) has whole groups.
+    """
+    if weight.ndim != 2 or weight.shape[1] % group:
+        raise ValueError(f"{tuple(weight.shape)} is not (out, in) with in a multiple of {group}")
+    ordered = weight.detach().unflatten(1, (-1, group)).sort(2).values
+    return 1 + (ordered[..., 1:] != ordered[..., :-1]).sum(2)

@@ -191,7 +191,62 @@ def tuning_of_steps() -> list[dict]:
     return points
 
 
-POINTS = sorted([*size_and_data(), *repetition()], key=lambda point: point["seed"])
+def steps_rate(dim: int, batch: int) -> float:
+    """The best constant rate of a width and a batch for averaged weights, as tuned."""
+    return round(0.0125 * (32 / dim) ** 1.25 * (batch / 1024) ** 0.4, 4)
+
+
+def steps_to_a_loss() -> list[dict]:
+    """Two sizes, five batches up to 4,096 bytes: larger ones reach no target within 1 MiB."""
+    return [
+        point
+        for seed in range(5)
+        for n_layers, dim in ((1, 32), (2, 48))
+        for batch in (256, 512, 1024, 2048, 4096)
+        for point in to_a_loss(seed, n_layers, dim, batch, steps_rate(dim, batch))
+    ]
+
+
+def middle_rate(dim: int, batch: int) -> float:
+    """The middle of a cell's three rates under a cosine to a fixed floor, as tuned."""
+    return 0.0125 * (32 / dim) ** 1.9 * (batch / 256) ** 0.4
+
+
+BATCHES = [64 * 2**i for i in range(6)]  # bytes a step: up to 2,048
+BATCH_AND_RATE = (  # layers, dim, bytes seen, batches
+    (1, 32, MB // 8, BATCHES),
+    (1, 32, MB // 2, BATCHES),
+    (1, 32, 2 * MB, [*BATCHES[1:], 4096]),
+    (2, 48, MB // 8, BATCHES),
+    (2, 48, MB // 2, BATCHES),
+    (3, 64, MB // 8, BATCHES[1::2]),
+)
+
+
+def batch_and_rate(seed: int) -> list[dict]:
+    """Batches a factor 2 apart, three rates a factor 2.2 apart; sequences of 64 bytes."""
+    return [
+        point
+        for n_layers, dim, tokens, batches in BATCH_AND_RATE
+        for batch in batches
+        for point in grid(
+            part="batch-rate",
+            seed=seed,
+            n_layers=n_layers,
+            dim=dim,
+            tokens=tokens,
+            batch=batch,
+            lr=[float(f"{middle_rate(dim, batch) * 2.2**i:.3g}") for i in (-1, 0, 1)],
+            length=64,
+            end_lr=1e-5,
+            points=2,
+        )
+    ]
+
+
+POINTS = sorted(
+    [*size_and_data(), *repetition(), *steps_to_a_loss()], key=lambda point: point["seed"]
+)
 LIMIT_KB = 1000
 TUNING = [*tuning_of_size_and_data(), *tuning_of_steps()]
 CANARY = {

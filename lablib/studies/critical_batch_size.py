@@ -1,0 +1,148 @@
+"""The study of the critical batch size (Zhang et al., 2024): steps to a loss on the shared grid.
+
+Trainings are the grid's part "steps": a constant rate, exponential averages of the weights over
+three windows, 1 MiB of bytes, batches of 256 to 4,096 bytes, two sizes. For each seed and size the
+targets are the losses that the smallest batch's best average has after 128, 256 and 512 KiB; for
+each batch, the bytes to a target are the least over the windows, as the paper picks an average for
+each batch. S(B) = a + b/B is fitted to what the batches need, and gives the critical batch.
+A batch that does not reach a target within its 1 MiB is left out of that target's fit.
+Its own runs train nothing: each does this for one seed, and keeps a sum of the grid's losses, so
+that other rows are noticed.
+"""
+
+import math
+
+import numpy as np
+
+from lablib.evidence import Pair, grid
+from lablib.evidence.studies import matching, study
+from lablib.scaling import critical_batch_size as cbs
+
+KB = 2**10
+TARGETS = (
+    128 * KB,
+    256 * KB,
+    512 * KB,
+)  # bytes after which the smallest batch has the loss
+SIZES = (32, 48)  # dims of the grid's two models
+OPTIMAL = 256  # bytes a step: the smallest batch
+
+
+def run(kind: str, seed: int) -> dict:
+    """Critical batches of one seed. kind: "grid" reads its rows, "made up" a table of a known law.
+
+    early, late: the critical batch of the smallest and the largest target, mean of logarithms over
+    sizes. in_data, in_size: its exponents.
+    """
+    runs = study("scaling-grid").runs() if kind == "grid" else made_up(seed)
+    rows = matching(runs, part="steps", seed=seed)
+    critical = np.array([[fitted(rows, dim, t).critical() for t in TARGETS] for dim in SIZES])
+    logs = np.log(critical)  # (sizes, targets)
+    sizes = [matching(rows, dim=dim)[0]["N"] for dim in SIZES]
+    in_data = np.polyfit(np.log(TARGETS), logs.T, 1)[0].mean()
+    in_size = (logs[1] - logs[0]).mean() / math.log(sizes[1] / sizes[0])
+    return {
+        "critical": critical.tolist(),
+        "early": float(np.exp(logs[:, 0].mean())),
+        "late": float(np.exp(logs[:, -1].mean())),
+        "in_data": float(in_data),
+        "in_size": float(in_size),
+        "sum": sum(row["loss"] for row in rows),
+    }
+
+
+def fitted(rows: list, dim: int, seen: int) -> cbs.Efficiency:
+    """S(B) of one size, to the loss that the smallest batch has after `seen` bytes."""
+    batches, steps = steps_needed(rows, dim, target(rows, dim, seen))
+    return cbs.fit_steps(batches, steps, OPTIMAL)
+
+
+def target(rows: list, dim: int, seen: int) -> float:
+    """The loss of the smallest batch after so many bytes: the best of its averages."""
+    (row,) = matching(rows, dim=dim, batch=OPTIMAL)
+    at = [int(done) for done, _ in curve(row, 0)].index(seen)
+    return min(curve(row, window)[at][1] for window in range(len(row["averaged"])))
+
+
+def steps_needed(rows: list, dim: int, loss: float) -> tuple[np.ndarray, np.ndarray]:
+    """Batches, in bytes, and the steps that each takes to the loss; those that never get there out.
+
+    Steps are bytes over batch: a fraction where the loss is reached between two points of a curve.
+    """
+    found = sorted(matching(rows, dim=dim), key=lambda row: row["batch"])
+    needed = [
+        np.nanmin([math.inf, *(cbs.steps_to(curve(row, w), loss) for w in windows(row))])
+        for row in found
+    ]
+    batches = np.array([row["batch"] for row in found])
+    reached = np.isfinite(needed)
+    return batches[reached], np.array(needed)[reached] / batches[reached]
+
+
+def windows(row: dict) -> range:
+    """The averages of a row, by place."""
+    return range(len(row["averaged"]))
+
+
+def curve(row: dict, window: int) -> list[tuple[float, float]]:
+    """(bytes seen, loss) of one of a row's averages."""
+    losses = row["averaged"][window]
+    every = max(1, row["tokens"] // row["batch"] // row["points"]) * row["batch"]
+    return [(every * (i + 1), loss) for i, loss in enumerate(losses)]
+
+
+def made_up(seed: int) -> list[dict]:
+    """A table of rows whose losses follow a law: what the canary reads."""
+    rows = []
+    for dim, N in zip(SIZES, (13_000, 56_000)):
+        for batch in (256, 512, 1024, 2048, 4096, 8192):
+            seen = 32 * KB * np.arange(1, 33)
+            useful = seen / (1 + batch / (2e-3 * seen**0.5 * 1e3 + 10 * seed))
+            losses = (1.0 + 900 * N**-0.1 * useful**-0.5).round(6).tolist()
+            size = {
+                "dim": dim,
+                "N": N,
+                "batch": batch,
+                "tokens": 1024 * KB,
+                "points": 32,
+            }
+            rows.append(
+                {
+                    "part": "steps",
+                    "seed": seed,
+                    **size,
+                    "loss": losses[-1],
+                    "averaged": [losses],
+                }
+            )
+    return rows
+
+
+POINTS: list[dict] = grid(kind="grid", seed=range(5))
+TUNING: list[dict] = []
+CANARY = {"kind": "made up", "seed": 7}
+READS = {"scaling-grid": {"part": ("steps",)}}
+ROLES = {
+    "data": {"method": "late", "baseline": "early"},
+    "not-size": {"method": "in_data", "baseline": "in_size"},
+}
+
+
+def values(runs: list) -> dict:
+    """What each claim is judged on. Raises ValueError for rows of another grid."""
+    own = matching(runs, kind="grid")
+    for row in own:
+        rows = matching(runs, part="steps", seed=row["seed"])
+        if abs(sum(r["loss"] for r in rows) - row["sum"]) > 1e-6:
+            raise ValueError("the grid has changed: `python -m lablib study critical-batch-size`")
+    made = {
+        id: [Pair(row["seed"], row[role["method"]], row[role["baseline"]]) for row in own]
+        for id, role in ROLES.items()
+    }
+    return made | {"per-token": per_token()}
+
+
+def per_token() -> float:
+    """The published law's coefficient in tokens, at 20 tokens a parameter."""
+    sizes, critical = cbs.published_critical()
+    return cbs.critical_law(20 * sizes, critical).coefficient

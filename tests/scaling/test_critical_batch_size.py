@@ -1,0 +1,115 @@
+"""Critical batch size: the closed form, the published law, gradient noise, and exact SGD."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import brentq
+
+from lablib.exercises import critical_batch_size as exercises
+from lablib.scaling import critical_batch_size as cbs
+from lablib.studies import critical_batch_size as study
+
+
+@pytest.mark.parametrize("overhead", [0.05, 0.2, 0.5])
+def test_the_closed_form_is_the_root_of_the_definition(overhead):
+    a, b, optimal = 1300.0, 2.8e6, 256.0
+
+    def more(batch):
+        data = (cbs.steps_of(size, a, b) * size for size in (batch, optimal))
+        return math.log(next(data)) - math.log(next(data)) - math.log(1 + overhead)
+
+    root = brentq(more, optimal, 1e6, xtol=1e-9, rtol=1e-14)
+    assert cbs.critical_batch(a, b, optimal, overhead) == pytest.approx(root, rel=1e-10)
+    assert cbs.critical_batch(a, b, optimal) == pytest.approx(b / (5 * a) + 1.2 * optimal)
+    with pytest.raises(ValueError, match="above 0"):
+        cbs.critical_batch(0.0, b, optimal)
+
+
+def test_steps_give_their_law_again():
+    batches = 64 * 2.0 ** np.arange(8)
+    found = cbs.fit_steps(batches, cbs.steps_of(batches, 700.0, 5e6), 256)
+    assert (found.a, found.b) == (pytest.approx(700), pytest.approx(5e6))
+    assert found.critical(0.1) == pytest.approx(1.1 * 256 + 500e3 / 700)
+    with pytest.raises(ValueError, match="three different batches"):
+        cbs.fit_steps([64, 128, 128], [3, 2, 2], 64)
+
+
+def test_the_published_counts_give_the_printed_law():
+    sizes, critical = cbs.published_critical()
+    law = cbs.critical_law(sizes, critical)
+    assert sizes.tolist() == [85, 151, 302, 604, 1200]
+    assert law.exponent == pytest.approx(0.47, rel=0.01)
+    assert law.coefficient == pytest.approx(93.20, rel=0.01)
+    assert study.per_token() == pytest.approx(22.91, rel=0.01)
+    assert sum(map(len, cbs.published().values())) == 45
+
+
+def test_overhead_moves_the_batch_and_its_exponent():
+    made = {o: cbs.published_critical(o) for o in (0.05, 0.5)}
+    assert (made[0.5][1] > 1.8 * made[0.05][1]).all()
+    exponents = [cbs.critical_law(*made[o]).exponent for o in made]
+    assert 0.25 < exponents[0] < exponents[1] < 0.6, "1.05 B_opt does not grow: it is a floor"
+
+
+def test_the_noise_scale_is_gns_pytorchs():
+    gns = pytest.importorskip("gns_pytorch")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    x, y = torch.randn(16, 6), torch.randint(3, (16,))
+    losses = torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+    random.seed(0)
+    theirs = gns.compute_gns(losses, model, param_percentage=1.0, batch_percentage=1.0)
+
+    def loss(model, row):
+        return torch.nn.functional.cross_entropy(model(x[row]), y[row])
+
+    norms = cbs.squared_norms(model, loss, list(torch.arange(16).split(1)))
+    assert cbs.noise_scale(*norms, 1, 16) == pytest.approx(theirs, rel=1e-4)
+    with pytest.raises(ValueError, match="two sizes"):
+        cbs.noise_scale(*norms, 4, 4)
+
+
+def test_noise_scale_of_gradients_of_known_noise():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(50))
+    model = torch.nn.ParameterList([weight])
+    rows = list((torch.randn(4000, 50) * 3 + 2).split(1))
+    norms = cbs.squared_norms(model, lambda m, row: (m[0] * row[0]).sum(), rows)
+    assert cbs.noise_scale(*norms, 1, 4000) == pytest.approx(9 / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 32])
+def test_the_recursion_is_the_mean_of_simulations(batch):
+    problem = cbs.LeastSquares(dim=20)
+    exact = problem.risks(0.1, batch, 40)[-1]
+    made = problem.simulate(0.1, batch, 40, 2000)
+    assert abs(made.mean() - exact) < 4 * made.std() / math.sqrt(len(made))
+    assert problem.risks(0.1, batch, 0).tolist() == [problem.eigenvalues @ problem.target**2 / 2]
+
+
+def test_more_data_makes_room_for_larger_batches():
+    problem = cbs.LeastSquares(dim=60)
+    critical = [problem.critical(data) for data in (128, 1024, 8192)]
+    assert critical == sorted(critical) and critical[2] > 1.3 * critical[0]
+    risks = [problem.best_risk(batch, 256) for batch in (1, 4, 16, 64)]
+    assert risks == sorted(risks), "of one pass, the smallest batch makes the most"
+
+
+def test_the_studys_table_of_a_known_law():
+    made = study.run(**study.CANARY)
+    assert made["late"] > made["early"] > 256 and abs(made["in_size"]) < 1e-3
+    rows = study.made_up(7)
+    batches, steps = study.steps_needed(rows, 32, study.target(rows, 32, study.TARGETS[0]))
+    assert batches[0] == 256 and steps[0] * 256 == pytest.approx(study.TARGETS[0], rel=1e-6)
+    assert (np.diff(steps) < 0).all() and (np.diff(steps * batches) > 0).all()
+    never = study.steps_needed(rows, 32, 0.5)
+    assert len(never[0]) == 0
+
+
+@pytest.mark.parametrize("name", ["critical", "noise", "cheapest"])
+def test_exercises_are_there(name):
+    exercise = getattr(exercises, name)
+    exercise.test(exercise.reference)
