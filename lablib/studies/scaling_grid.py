@@ -245,10 +245,16 @@ def batch_and_rate(seed: int) -> list[dict]:
 
 
 POINTS = sorted(
-    [*size_and_data(), *repetition(), *steps_to_a_loss()], key=lambda point: point["seed"]
+    [
+        *size_and_data(),
+        *repetition(),
+        *steps_to_a_loss(),
+        *(point for seed in range(5) for point in batch_and_rate(seed)),
+    ],
+    key=lambda point: point["seed"],
 )
 LIMIT_KB = 1000
-TUNING = [*tuning_of_size_and_data(), *tuning_of_steps()]
+TUNING = [*tuning_of_size_and_data(), *tuning_of_steps(), *batch_and_rate(100)]
 CANARY = {
     "part": "canary",
     "seed": 7,

