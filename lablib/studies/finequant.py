@@ -1,0 +1,337 @@
+"""The study of FineQuant (2023): bits, groups and schemes on models that were never quantized.
+
+The paper's models and tables are out of reach; what is judged is the abstract's claims at our size.
+
+Evaluation only: nothing is trained or calibrated, so a seed is a slice of held-out text, 4,096
+tokens that no other seed shares, and a loss is that of the same tokens minus the whole model's,
+token by token. `tiny-4m` is scored; MiniLM embeds the slice's passages, on tuning slices alone.
+Speeds are medians of turns that all ways take in one process, in the seconds of its one thread:
+a first round by the wall clock counted the waiting on a busy machine, and was made again.
+
+Which groups a matrix chooses depends on a rule and on its alpha. Two rules were tried for `tiny-4m`
+and for MiniLM, on slices that judge nothing: how much a range shrinks with each halving, whatever
+that costs, and how much the squared range falls for each bit of scales. Each stood beside its rival
+of one size, at alphas where the rival stores hardly more, so that both had as many tries. None beat
+its rival on average. By shrinking alone, a matrix that begins to halve goes on to the finest
+groups, since ranges of bell-shaped weights shrink faster the smaller their groups are; for MiniLM
+that was far behind. By bits, matrices of `tiny-4m` choose nearly one size. The alpha that came
+nearest to its rival is judged.
+
+Smaller than it might be: 3 and 4 bits with symmetric levels, 8 bits for rows alone. Two bits,
+asymmetric levels and single roles are computed in the lab, and MiniLM is judged nowhere.
+"""
+
+from functools import lru_cache
+from statistics import median
+from time import thread_time
+
+import numpy as np
+import torch
+
+from lablib.compression import finequant as fq
+from lablib.compression.calibration import token_losses
+from lablib.compression.quantize import matrices, quantize, rounded
+from lablib.evidence import Pair, grid, paired
+from lablib.models import pretrained
+from lablib.models.weights import pretrained_path
+from lablib.training.checkpoints import corpora
+
+LENGTH = 256
+SLICES = 60  # slices that the held-out text has
+PASSAGE = 128  # tokens of a passage that MiniLM reads at most
+
+
+def run(
+    seed: int,
+    model: str = "tiny-4m",
+    bits: int = 4,
+    group: int | str = "row",
+    scheme: str = "symmetric",
+    rule: str = "fixed",
+    gain: str = "per_bit",
+    alpha: float = 8.0,
+    role: str = "all",
+    rows: int = 16,
+    size: int = 4096,
+) -> dict:
+    """Round a model's weights and score a slice of held-out text.
+
+    model: "tiny-4m", for the loss over the whole model's, nats a token; "minilm-l6-v2", for how far
+        embeddings are from the whole model's, 1 - cosine; or "product", for the seconds of one
+        token's product with a matrix of size x size.
+    rule: "fixed" groups; "adaptive" ones, each matrix's own by gain and alpha, as
+        `finequant.adaptive_groups` takes them; "equal", one size for all that stores at least as
+        many bits as the adaptive ones, the baseline.
+    role: of the projections that are rounded, "all" by default. rows: of 256 tokens.
+    """
+    if model == "product":
+        return seconds_of_products(size)
+    weights = weights_of(model, role)
+    chosen = groups_of(weights, rule, group, gain, alpha)
+    stored = {"stored_bits": bits + scale_bits_of(weights, chosen, scheme)}
+    small = {
+        name: lambda w, g=chosen[name]: quantize(w, bits, group=g, scheme=scheme).dequantize()
+        for name in weights
+    }
+    if model == "tiny-4m":
+        return {"over": loss_over(small, seed, rows, role)} | stored
+    return {"off": off_whole(model, small, seed, rows)} | stored
+
+
+def weights_of(model: str, role: str = "all") -> dict[str, torch.Tensor]:
+    """Name -> matrix of what is rounded: blocks' projections, or all of an encoder's."""
+    if model == "tiny-4m":
+        return matrices(scored()[0], *roles_of(role))
+    return fq.linear_weights(encoder(model)[0])
+
+
+def groups_of(
+    weights: dict, rule: str, group: int | str, gain: str, alpha: float
+) -> dict[str, int]:
+    """Name -> group size."""
+    if rule == "fixed":
+        return {name: w.shape[1] if group == "row" else group for name, w in weights.items()}
+    own = {name: own_group(w, gain, alpha) for name, w in weights.items()}
+    if rule == "adaptive":
+        return own
+    shapes = [tuple(w.shape) for w in weights.values()]
+    rivals = fq.matched_groups(shapes, fq.scale_bits(shapes, own.values()))
+    return dict(zip(weights, rivals, strict=True))
+
+
+def own_group(weight: torch.Tensor, gain: str, alpha: float) -> int:
+    """A matrix's own choice."""
+    gains = {"per_bit": fq.per_bit, "shrinking": fq.shrinking}
+    return fq.adaptive_groups(fq.ranges(weight), alpha, gains[gain])
+
+
+def scale_bits_of(weights: dict, chosen: dict[str, int], scheme: str) -> float:
+    """Bits that scales add to a weight, and zeros where a scheme has them."""
+    shapes = [tuple(w.shape) for w in weights.values()]
+    return fq.scale_bits(shapes, chosen.values()) * (2 if scheme == "asymmetric" else 1)
+
+
+def loss_over(small: dict, seed: int, rows: int, role: str) -> float:
+    """How much rounding adds to the loss of `tiny-4m`, a mean over the same tokens."""
+    model, _ = scored()
+    whole = whole_losses(seed, rows)
+    with rounded(model, lambda name, w: small[name](w), *roles_of(role)):
+        losses = token_losses(model, slice_of(seed, rows))
+    return (losses.double() - whole.double()).mean().item()
+
+
+def roles_of(role: str) -> tuple[str, ...]:
+    """As `matrices` takes them."""
+    return () if role == "all" else (role,)
+
+
+@lru_cache(maxsize=1)
+def scored() -> tuple:
+    """`tiny-4m` and its tokenizer."""
+    return pretrained("tiny-4m")
+
+
+@lru_cache(maxsize=1)
+def held_out() -> torch.Tensor:
+    """(rows, LENGTH + 1) of all documents that were held out, in one random order."""
+    _, tokenizer = scored()
+    texts = [document.text for part in corpora()[1].values() for document in part]
+    ids = [token for row in tokenizer(texts)["input_ids"] for token in row]
+    table = torch.tensor(ids[: len(ids) // (LENGTH + 1) * (LENGTH + 1)]).view(-1, LENGTH + 1)
+    return table[torch.from_numpy(np.random.default_rng(0).permutation(len(table)))]
+
+
+def slice_of(seed: int, rows: int) -> torch.Tensor:
+    """(rows, LENGTH + 1): 16 rows belong to a seed and to no other."""
+    start = 16 * (seed % SLICES)
+    return held_out()[start : start + rows]
+
+
+@lru_cache(maxsize=8)
+def whole_losses(seed: int, rows: int) -> torch.Tensor:
+    """Of the model as it is."""
+    return token_losses(scored()[0], slice_of(seed, rows))
+
+
+def passages(seed: int, rows: int) -> list[str]:
+    """The slice's rows as text."""
+    _, tokenizer = scored()
+    return [tokenizer.decode(row) for row in slice_of(seed, rows)]
+
+
+@lru_cache(maxsize=1)
+def encoder(name: str) -> tuple:
+    """An encoder of transformers from the models that set-up prepares, and its tokenizer."""
+    from transformers import AutoTokenizer, BertModel
+
+    folder = pretrained_path(name)
+    return BertModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def embed(name: str, texts: list[str]) -> torch.Tensor:
+    """(texts, dim): means over a text's tokens, of length 1."""
+    model, tokenizer = encoder(name)
+    options = {"padding": True, "truncation": True, "max_length": PASSAGE, "return_tensors": "pt"}
+    given = tokenizer(texts, **options)
+    with torch.no_grad():
+        states = model(**given).last_hidden_state  # (texts, length, dim)
+    mask = given["attention_mask"][..., None]
+    return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def off_whole(name: str, small: dict, seed: int, rows: int) -> float:
+    """1 - the cosine between the rounded and the whole model's embedding, a mean over passages."""
+    texts, weights = passages(seed, rows), fq.linear_weights(encoder(name)[0])
+    whole = embed(name, texts)
+    kept = {key: weight.detach().clone() for key, weight in weights.items()}
+    with torch.no_grad():
+        for key, weight in weights.items():
+            weight.copy_(small[key](weight))
+        near = (whole * embed(name, texts)).sum(1).mean().item()
+        for key, weight in weights.items():
+            weight.copy_(kept[key])
+    return 1 - near
+
+
+def seconds_of_products(size: int = 4096, tokens: int = 1, repeats: int = 15) -> dict:
+    """The median seconds of each way to multiply with a matrix of size x size.
+
+    Of this thread's own time, so that nobody else's work on the processor counts.
+    """
+    made, times = ways(size, tokens), {}
+    for _ in range(repeats):
+        for key, way in made.items():
+            start = thread_time()
+            way()
+            times.setdefault(key, []).append(thread_time() - start)
+    return {key: median(seconds[2:]) for key, seconds in times.items()}
+
+
+def ways(size: int, tokens: int) -> dict:
+    """Products of the same shape: in float32, in our op, and in torch's own fused ones.
+
+    int8 has one scale a row, int4 one for each 64 neighbours.
+    """
+    torch.manual_seed(0)
+    weight, x = torch.randn(size, size) / size**0.5, torch.randn(tokens, size)
+    small = {8: quantize(weight, 8), 4: quantize(weight, 4, group=64)}
+    half, short = x.bfloat16(), weight.bfloat16()
+    signed, by = (small[8].codes.int() - 127).to(torch.int8), small[8].scale[:, 0].bfloat16()
+    codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(small[4].codes.int(), 1)
+    scales = small[4].scale
+    both = torch.stack([scales, scales], -1).transpose(0, 1).contiguous().bfloat16()
+    return {
+        "float32_seconds": lambda: x @ weight.t(),
+        "bfloat16_seconds": lambda: half @ short.t(),
+        "int8_seconds": lambda: small[8].matmul(x),
+        "int4_seconds": lambda: small[4].matmul(x),
+        "fused_int8_seconds": lambda: torch._weight_int8pack_mm(half, signed, by),
+        "fused_int4_seconds": lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(
+            half, codes, 64, both
+        ),
+    }
+
+
+SIZES = ("row", 128, 64, 32, 16)
+SEEDS = range(5)
+TINY = {"model": "tiny-4m", "scheme": "symmetric", "role": "all"}
+MINI = {"model": "minilm-l6-v2", "scheme": "symmetric"}
+TUNED = {"gain": "per_bit", "alpha": 9.0}
+ALPHAS = {  # at which the rival stores hardly more
+    "tiny-4m": {"per_bit": (5.25, 9.0, 20.0, 40.0), "shrinking": (0.072, 0.076, 0.084, 0.1)},
+    "minilm-l6-v2": {"per_bit": (7.5, 20.0, 45.0), "shrinking": (0.094,)},
+}
+
+
+def tried(kind: dict) -> list[dict]:
+    """Every gain and alpha, and the rival of each."""
+    points = []
+    for gain, alphas in ALPHAS[kind["model"]].items():
+        rules = {"rule": ("adaptive", "equal"), "gain": gain, "alpha": alphas}
+        points += grid(**kind, bits=3, **rules, seed=(100, 101))
+    return points
+
+
+TUNING = tried(TINY) + tried(MINI)
+POINTS = [
+    *grid(**TINY, rule="fixed", bits=(4, 3), group=SIZES, seed=SEEDS),
+    *grid(**TINY, rule=("adaptive", "equal"), bits=(3, 4), **TUNED, seed=SEEDS),
+    *grid(model="product", size=4096, seed=SEEDS),
+    *grid(**TINY, rule="fixed", bits=8, group="row", seed=SEEDS),
+]
+CANARY = {"seed": 200, "bits": 3, "rule": "adaptive", "alpha": 20.0, "rows": 2}
+
+
+def _at(bits: int, group: int | str) -> dict:
+    return TINY | {"rule": "fixed", "bits": bits, "group": group}
+
+
+def _by(rule: str, bits: int) -> dict:
+    return TINY | {"rule": rule, "bits": bits}
+
+
+ROLES = {
+    "adaptive": {"method": _by("adaptive", 3), "baseline": _by("equal", 3)},
+    "adaptive-4": {"method": _by("adaptive", 4), "baseline": _by("equal", 4)},
+    "finer": {"method": _at(3, 32), "baseline": _at(3, "row")},
+    "finer-4": {"method": _at(4, 32), "baseline": _at(4, "row")},
+    "gain": {"method": {"bits": 3}, "baseline": {"bits": 4}},
+    "speed": {"method": "int4_seconds", "baseline": "float32_seconds"},
+    "speed-8": {"method": "int8_seconds", "baseline": "float32_seconds"},
+    "fused": {"method": "fused_int4_seconds", "baseline": "float32_seconds"},
+}
+
+
+def values(runs: list) -> dict:
+    """What each claim is judged on: a pair a seed."""
+    made = {}
+    for id, sides in ROLES.items():
+        if id == "gain":
+            continue
+        if isinstance(sides["method"], str):
+            timed = [run for run in runs if sides["method"] in run]
+            made[id] = [
+                Pair(run["seed"], run[sides["method"]], run[sides["baseline"]]) for run in timed
+            ]
+        else:
+            made[id] = paired(runs, sides["method"], sides["baseline"], "over")
+    three, four = (gains(runs, ROLES["gain"][side]["bits"]) for side in ("method", "baseline"))
+    return made | {"gain": [Pair(seed, three[seed], four[seed]) for seed in sorted(three)]}
+
+
+def gains(runs: list, bits: int) -> dict[int, float]:
+    """What groups of 32 take off a row's loss, seed by seed."""
+    pairs = paired(runs, _at(bits, 32), _at(bits, "row"), "over")
+    return {pair.seed: pair.baseline - pair.method for pair in pairs}
+
+
+PEER_CASES = [
+    (kind, bits, group)
+    for kind in ("given", "clipped", "integer-zero")
+    for bits in (4, 8)
+    for group in (32, 64, 128)
+]
+
+
+def peer_weight() -> torch.Tensor:
+    """(1, 128) from no random generator: what torchao's recorded values are about."""
+    k = torch.arange(128, dtype=torch.float64)
+    return (torch.sin(0.7 * k**2) * (1 + 0.3 * torch.cos(k))).float()[None]
+
+
+def peer_small(kind: str, bits: int, group: int):
+    """Our version of a recorded case: torchao given our scales, or with its own two mappings."""
+    scheme = "symmetric" if kind == "given" else kind
+    options = {"scheme": scheme, "scale_dtype": torch.float32}
+    return quantize(peer_weight(), bits, group=group, **options)
+
+
+def peer_values(kind: str, bits: int, group: int) -> dict[str, list]:
+    """Codes as torchao counts them, scales, and dequantized weights."""
+    small = peer_small(kind, bits, group)
+    first = {"given": 2 ** (bits - 1) - 1, "clipped": 2 ** (bits - 1), "integer-zero": 0}[kind]
+    return {
+        "scale": small.scale.flatten().tolist(),
+        "codes": (small.codes.flatten().int() - first).tolist(),
+        "back": small.dequantize().flatten().tolist(),
+    }
