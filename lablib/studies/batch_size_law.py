@@ -103,8 +103,7 @@ def beta2(seed) -> list[dict]:
     """The smallest batches at the grid's rates."""
     made = []
     for batch in SMALLEST:
-        middle = scaling_grid.middle_rate(SMALL["dim"], batch)
-        lr = [float(f"{middle * 2.2**i:.3g}") for i in (-1, 0, 1)]
+        lr = scaling_grid.three_rates(SMALL["dim"], batch)
         made += grid(kind="beta2", seed=seed, batch=batch, lr=lr)
     return made
 

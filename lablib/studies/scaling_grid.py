@@ -212,6 +212,11 @@ def middle_rate(dim: int, batch: int) -> float:
     return 0.0125 * (32 / dim) ** 1.9 * (batch / 256) ** 0.4
 
 
+def three_rates(dim: int, batch: int) -> list[float]:
+    """The middle rate of a cell, and those a factor 2.2 below and above it."""
+    return [float(f"{middle_rate(dim, batch) * 2.2**i:.3g}") for i in (-1, 0, 1)]
+
+
 BATCHES = [64 * 2**i for i in range(6)]  # bytes a step: up to 2,048
 BATCH_AND_RATE = (  # layers, dim, bytes seen, batches
     (1, 32, MB // 8, BATCHES),
@@ -236,7 +241,7 @@ def batch_and_rate(seed: int) -> list[dict]:
             dim=dim,
             tokens=tokens,
             batch=batch,
-            lr=[float(f"{middle_rate(dim, batch) * 2.2**i:.3g}") for i in (-1, 0, 1)],
+            lr=three_rates(dim, batch),
             length=64,
             end_lr=1e-5,
             points=2,

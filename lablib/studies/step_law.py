@@ -107,8 +107,7 @@ def floor(seed) -> list[dict]:
     """Two amounts of text, two batches, the grid's three rates."""
     made = []
     for batch in FLOOR_BATCHES:
-        middle = scaling_grid.middle_rate(SMALL["dim"], batch)
-        lr = [float(f"{middle * 2.2**i:.3g}") for i in (-1, 0, 1)]
+        lr = scaling_grid.three_rates(SMALL["dim"], batch)
         made += grid(kind="floor", seed=seed, tokens=(LEAST, MORE), batch=batch, lr=lr)
     return made
 
