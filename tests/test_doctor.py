@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ from lablib.doctor import examine
 from lablib.models.weights import PACKAGED
 from lablib.papers import papers, themes
 from lablib.paths import cache_dir
-from lablib.resources import memory_limit
+from lablib.resources import memory_limit, release_memory
 
 
 @pytest.fixture
@@ -167,3 +168,19 @@ def test_a_result_that_does_not_parse_is_named(labs, monkeypatch):
     monkeypatch.setenv("LABLIB_THEMES", "experts")
     with pytest.raises(ValueError, match=r"experts\.json can't be read"):
         names()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts as Linux does")
+def test_memory_that_is_free_goes_back_to_the_system():
+    def resident():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmRSS")).split()[1])  # kB
+
+    kept = [
+        bytearray(50_000) for _ in range(4000)
+    ]  # 200 MB, each too small for a mapping of its own
+    last = bytearray(50_000)
+    del kept
+    before = resident()
+    release_memory()
+    assert len(last) and resident() < before + 1000

@@ -1,8 +1,11 @@
-"""How much each weight matters: scores (out, in), larger for what should stay."""
+"""How much each weight matters, or each neuron and head: scores, larger for what should stay."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from lablib.compression.calibration import input_norms
+from lablib.models import anatomy
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -26,3 +29,27 @@ def fisher(weight: Tensor, squared_gradient: Tensor) -> Tensor:
     At a minimum the first order vanishes. Optimal brain damage (LeCun et al., 1989).
     """
     return weight.detach().square() * squared_gradient / 2
+
+
+def of_neurons(model: nn.Module, rows: Tensor) -> list[Tensor]:
+    """Of each block's neurons, (width,) a block: how much one adds to the residual stream.
+
+    Root mean square of its activation on rows (n, length + 1), times the norm of the column of
+    `down` that reads it.
+    """
+    return _columns(model, rows, "down")
+
+
+def of_heads(model: nn.Module, rows: Tensor) -> list[Tensor]:
+    """Of each block's query heads, (heads,) a block: the same of what a head's output adds."""
+    head_dim = anatomy.part(model, 0, "attention").head_dim
+    return [
+        score.square().unflatten(0, (-1, head_dim)).sum(1).sqrt()
+        for score in _columns(model, rows, "output")
+    ]
+
+
+def _columns(model: nn.Module, rows: Tensor, role: str) -> list[Tensor]:
+    norms = input_norms(model, rows, role)
+    layers = anatomy.projections(model, role)
+    return [norms[name] * layers[name].weight.detach().norm(dim=0) for name in layers]

@@ -1,0 +1,180 @@
+"""The study of compression by architecture search (2024): many models in one, or one at a time.
+
+`tiny-1m` and the documentation of Django, as in the study of DReSS, whose windows these are: a seed
+is an order of training windows, the first of which are the calibration text, a draw of
+sub-networks, and held-out documents, half of them to search on and half to judge on. Sub-networks
+have one to three blocks and, block by block, one or two key-value groups and a quarter to all of
+the neurons.
+
+A super-network trains 200 steps of 4 windows on the largest, the smallest and two random
+sub-networks. The baseline cuts four sizes out of the same sorted model and trains each alone: as
+many steps each as the super-network has, or a quarter, so that the sum is the same. Steps are
+counted, and text; a sandwich step costs about two and a half plain ones.
+
+On another seed the rate was tuned for the super-network and for the models trained alone, three
+tries each. Pilots there: a share of distillation of 1/2 and 1, and three rates for a quarter of the
+steps. Deeper or wider cuts, and the channels of the
+residual stream, are left out: a model that small has none to spare.
+"""
+
+import json
+import math
+
+import numpy as np
+from torch import Tensor, nn
+
+from lablib.compression import nas_compression as nas
+from lablib.compression.calibration import token_losses
+from lablib.compression.flexigpt import block_influence
+from lablib.compression.recover import recover
+from lablib.evidence import Pair, grid, matching, paired
+from lablib.models import pretrained
+from lablib.paths import PACKAGE
+from lablib.studies.dress import NEW, windows
+
+CALIBRATION = 64  # windows that importance is taken from
+STEPS = 200
+BATCH = 4
+CHOICES = {"blocks": (1, 2, 3), "groups": (1, 2), "neurons": (88, 176, 264, 352)}
+TRIES = 60  # sub-networks that a search measures
+REFERENCE = (1.1, 6.5)  # millions of parameters, nats: worse than every model here
+
+
+def run(
+    kind: str,
+    seed: int,
+    sort: bool = True,
+    distill: float = 0.0,
+    rate: float = 3e-3,
+    steps: int = STEPS,
+    tries: int = 0,
+    model: str = "tiny-1m",
+    rows: int = 64,
+    batch: int = BATCH,
+) -> dict:
+    whole = pretrained(model)[0]
+    train, held_out = windows(model, seed, 2 * rows, NEW)
+    search_on, judged_on = held_out.split(rows)
+    space = sorted_space(whole, train[:CALIBRATION], sort)
+    few = [*nas.uniform(space)]
+    if kind == "pruned":
+        losses = [tuned(space, config, train, steps, rate, batch, judged_on) for config in few]
+        return {"few": losses, "front": front(space, few, losses)}
+    random = np.random.default_rng(seed)
+    before = [loss(space.cut(config), judged_on) for config in few]
+    how = nas.sandwich_loss(space, random, distill=distill)
+    recover(whole, train[: batch * steps], steps, rate, batch=batch, loss=how, seed=None)
+    losses = {config: loss(space.cut(config), judged_on) for config in space.grid()}
+    found = {"before": before, "few": [losses[config] for config in few]}
+    found |= {"all": [*losses.values()], "mean": float(np.mean([*losses.values()]))}
+    found["front"] = front(space, few, found["few"])
+    return found | (searched(space, few, tries, random, search_on, judged_on) if tries else {})
+
+
+def sorted_space(model: nn.Module, rows: Tensor, sort: bool) -> nas.Space:
+    """The model's sub-networks, sorted by importance, in place, or as it happens to be."""
+    order = None
+    if sort:
+        nas.sort_by_importance_(model, rows)
+        order = block_influence(model, rows[:16]).argsort(descending=True).tolist()
+    return nas.Space(model, **CHOICES, fine=True, order=order)
+
+
+def tuned(space, config, train, steps, rate, batch, judged_on) -> float:
+    """The loss of one size, cut out and trained alone."""
+    small = space.cut(config)
+    recover(small, train[: batch * steps], steps, rate, batch=batch, seed=None)
+    return loss(small, judged_on)
+
+
+def front(space: nas.Space, configs: list, losses: list) -> float:
+    """Hypervolume, in millions of parameters times nats."""
+    sizes = [space.parameters(config) / 1e6 for config in configs]
+    return nas.hypervolume([*zip(sizes, losses, strict=True)], REFERENCE)
+
+
+def searched(space, few, tries, random, search_on, judged_on) -> dict:
+    """The best of each size that a search finds on one half of the text, judged on the other."""
+
+    def measure(config):
+        return space.parameters(config), loss(space.cut(config), search_on)
+
+    found = nas.evolve(space, measure, tries, random)
+    best = []
+    for config in few[1:-1]:
+        fit = {c: value for c, (size, value) in found.items() if size <= space.parameters(config)}
+        best.append(loss(space.cut(min(fit, key=fit.get)), judged_on))
+    uniform = [loss(space.cut(config), judged_on) for config in few[1:-1]]
+    cloud = [[size, round(value, 4)] for size, value in found.values()]
+    return {"searched": float(np.mean(best)), "uniform": float(np.mean(uniform)), "cloud": cloud}
+
+
+def counted() -> list:
+    """Blocks, groups, neurons, channels, parameters: as recorded from package whittle."""
+    file = PACKAGE / "compression" / "nas_compression.json"
+    return json.loads(file.read_text("utf-8"))["counts"]
+
+
+def loss(model: nn.Module, rows: Tensor) -> float:
+    """Nats a token."""
+    return token_losses(model, rows, batch=32).double().mean().item()
+
+
+SEEDS = range(5)
+TUNED = {"super": 3e-3, "pruned": 3e-3}  # the rate
+SHORT_RATE = 1e-3  # of a quarter of the steps
+SHARE = 0.5  # of distillation
+
+
+def point(kind: str, **options) -> dict:
+    """What names a judging run, its seed aside."""
+    usual = {"steps": STEPS} | ({"sort": True, "distill": 0.0} if kind == "super" else {})
+    return {"kind": kind, "rate": TUNED[kind]} | usual | options
+
+
+DISTILLED = point("super", distill=SHARE, tries=TRIES)
+SORTED, UNSORTED = point("super"), point("super", sort=False)
+ALONE, SHORT = point("pruned"), point("pruned", steps=STEPS // 4, rate=SHORT_RATE)
+POINTS = [
+    case | {"seed": seed} for seed in SEEDS for case in (DISTILLED, SORTED, UNSORTED, ALONE, SHORT)
+]
+TUNING = grid(kind=("super", "pruned"), rate=(1e-3, 3e-3, 6e-3), seed=100)
+CANARY = {"kind": "super", "seed": 200, "distill": 0.5, "steps": 2, "tries": 4}
+CANARY |= {"rows": 2, "batch": 1}
+
+
+def role(case: dict) -> dict:
+    """What names its runs; a tuned rate does not."""
+    return {key: value for key, value in case.items() if key != "rate"}
+
+
+_DISTILLED, _SORTED, _UNSORTED, _ALONE, _SHORT = map(
+    role, (DISTILLED, SORTED, UNSORTED, ALONE, SHORT)
+)
+ROLES = {
+    "sum": {"method": _DISTILLED, "baseline": _SHORT},
+    "each": {"method": _DISTILLED, "baseline": _ALONE},
+    "sorted": {"method": _SORTED, "baseline": _UNSORTED},
+    "distilled": {"method": _DISTILLED, "baseline": _SORTED, "control": _UNSORTED},
+    "search": {"method": "searched", "baseline": "uniform"},
+    "front": {"method": _DISTILLED, "baseline": _SHORT},
+    "untrained": {"method": _SORTED, "baseline": _UNSORTED},
+}
+
+
+def values(runs: list) -> dict:
+    """What each claim is judged on: a pair a seed."""
+
+    def mean(key: str):
+        return lambda run: float(np.mean(run.get(key, math.nan)))  # what a kind lacks is no number
+
+    of = {"sum": "few", "each": "few", "sorted": "mean", "distilled": "mean", "front": "front"}
+    of["untrained"] = "before"
+    made = {id: paired(runs, *_sides(id), mean(key)) for id, key in of.items()}
+    found = [run for run in matching(runs, **_DISTILLED) if "searched" in run]
+    made["search"] = [Pair(run["seed"], run["searched"], run["uniform"]) for run in found]
+    return made
+
+
+def _sides(id: str) -> tuple[dict, dict]:
+    return ROLES[id]["method"], ROLES[id]["baseline"]

@@ -1,0 +1,279 @@
+import importlib
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lablib.compression import compression_survey as cs
+from lablib.compression.calibration import token_losses
+from lablib.compression.quantize import QuantizedLinear
+from lablib.compression.structures import everything, parameters_of
+from lablib.exercises import compression_survey as exercises
+from lablib.models import GPT, GPTConfig, anatomy
+
+
+def small_model(**options):
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 40}
+    return GPT(GPTConfig(vocab_size=50, **sizes, init_std=0.2, max_length=16, **options))
+
+
+@pytest.fixture
+def rows():
+    torch.manual_seed(3)
+    return torch.randint(50, (24, 13))
+
+
+def weights(model):
+    return {name: m.weight.detach().clone() for name, m in anatomy.projections(model).items()}
+
+
+# The tree.
+
+
+def test_a_leaf_is_there_or_honestly_empty():
+    for leaf in cs.TAXONOMY:
+        if leaf.where:
+            importlib.import_module(f"lablib.{leaf.where}")
+    assert {leaf.path[0] for leaf in cs.TAXONOMY} == {
+        "quantization", "pruning", "distillation", "compact design", "dynamic networks",
+    }  # fmt: skip
+    assert len({leaf.name for leaf in cs.TAXONOMY}) == len(cs.TAXONOMY)
+
+
+# Constraints.
+
+
+def test_a_rounded_model_computes_with_its_codes(rows):
+    model = cs.compress(small_model(), [("round", {"bits": 4, "group": 16})], rows)
+    from lablib.compression.quantize import quantize
+
+    for name, weight in weights(small_model()).items():
+        expected = quantize(weight, 4, group=16).dequantize()
+        torch.testing.assert_close(anatomy.projections(model)[name].weight.detach(), expected)
+
+
+def test_composing_is_pruning_the_codes_where_no_scale_changes(rows):
+    """The largest of each group stays, so fitting scales to what stays changes nothing."""
+    model = small_model()
+    one = cs.sparse(cs.compress(model, [], rows), rows, 0.9, by="magnitude")
+    one = cs.rounded(one, rows, bits=8, group=8)
+    two = cs.compress(model, [("round", {"bits": 8, "group": 8})], rows)
+    for name, layer in anatomy.projections(one).items():
+        mask = cs.constrained(layer).mask
+        other = anatomy.projections(two)[name]
+        torch.testing.assert_close(layer.weight.detach(), other.weight.detach() * mask)
+
+
+def test_what_is_pruned_stays_zero_in_training(rows):
+    plan = [("sparse", {"keep": 0.5}), ("tune", {"steps": 3, "rate": 1e-2})]
+    model = cs.compress(small_model(), plan, rows)
+    before = weights(small_model())
+    for name, layer in anatomy.projections(model).items():
+        mask = cs.constrained(layer).mask
+        assert (layer.weight[~mask] == 0).all()
+        assert not torch.equal(layer.weight[mask], before[name][mask])
+        assert (mask.sum(1) == round(0.5 * mask.shape[1])).all()
+
+
+def test_a_rounded_model_trains_on_its_levels(rows):
+    one = rows[:1].repeat(24, 1)
+    plan = [("round", {"bits": 3, "group": 8})]
+    raw = cs.compress(small_model(), plan, one)
+    model = cs.compress(small_model(), [*plan, ("tune", {"steps": 20, "rate": 1e-2})], one)
+    assert token_losses(model, one).mean() < token_losses(raw, one).mean() / 2
+    for layer in anatomy.projections(model).values():
+        levels = layer.weight.detach().unflatten(1, (-1, 8))
+        assert all(len(group.unique()) <= 7 for group in levels.flatten(0, 1))
+
+
+def test_two_of_four_keeps_the_best_two(rows):
+    model = cs.two_of_four(small_model(), rows, by="magnitude")
+    for name, weight in weights(small_model()).items():
+        mask = cs.constrained(anatomy.projections(model)[name]).mask.unflatten(1, (-1, 4))
+        four = weight.abs().unflatten(1, (-1, 4))
+        assert (mask.sum(2) == 2).all()
+        kept, gone = four[mask].view(-1, 2).min(1).values, four[~mask].view(-1, 2).max(1).values
+        assert (kept >= gone).all()
+
+
+def test_scales_follow_what_stays_only_if_it_was_pruned_first(rows):
+    weight = torch.tensor([[8.0, 1.0, 0.5, 0.25]])
+    mask = torch.tensor([[False, True, True, True]])
+    first = cs.Constraint(mask, bits=3, group=4)(weight)
+    after = cs.Constraint(mask, bits=3, group=4, fitted=False)(weight)
+    assert first.tolist()[0] == pytest.approx([0, 1, 2 / 3, 1 / 3], abs=1e-3)
+    assert after.tolist() == [[0, 0, 0, 0]]
+
+
+# Structures.
+
+
+@pytest.mark.parametrize("blocks", [None, 1, 2])
+@pytest.mark.parametrize("keep", [0.3, 0.5])
+def test_a_narrow_model_has_the_share_it_should(keep, blocks, rows):
+    if blocks == 1 and keep == 0.5:
+        keep = 0.25
+    model = small_model()
+    small = cs.compress(model, [("narrow", {"keep": keep, "blocks": blocks})], rows)
+    assert len(small.blocks) == (blocks or 3)
+    whole = parameters_of(model, everything(model)) - model.embedding.weight.numel()
+    assert (small.n_parameters(False)) / whole == pytest.approx(keep, abs=0.03)
+
+
+# Distillation.
+
+
+def test_white_box_distillation_learns_the_teachers_distribution(rows):
+    teacher = small_model()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.5)
+    plan = [("narrow", {"keep": 0.5})]
+    one = rows[:4].repeat(6, 1)
+    raw = cs.compress(teacher, plan, one)
+    how = {"steps": 40, "rate": 1e-2, "share": 1.0}
+    pupil = cs.compress(teacher, [*plan, ("teach", how)], one)
+
+    def apart(model):
+        student, target = (m(one[:, :-1]).flatten(0, 1) for m in (model, teacher))
+        parts = [F.log_softmax(logits, -1) for logits in (student, target)]
+        return F.kl_div(*parts, log_target=True, reduction="batchmean").item()
+
+    assert apart(pupil) < apart(raw) / 2
+
+
+def test_black_box_distillation_reads_what_the_teacher_wrote(rows):
+    teacher = small_model().eval()
+    written = cs.writings(teacher, rows, seed=0, prompt=4)
+    assert written.shape == rows.shape
+    assert torch.equal(written[:, :4], rows[:, :4])
+    assert not torch.equal(written[:, 4:], rows[:, 4:])
+    assert torch.equal(written, cs.writings(teacher, rows, seed=0, prompt=4))
+    likely = token_losses(teacher, written)[:, 3:].mean()
+    assert likely < token_losses(teacher, rows)[:, 3:].mean()
+
+
+def test_an_unknown_step_is_said(rows):
+    with pytest.raises(ValueError, match="'freeze' is none of round"):
+        cs.compress(small_model(), [("freeze", {})], rows)
+
+
+def test_the_model_itself_is_left_alone(rows):
+    model = small_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    plan = [
+        ("narrow", {"keep": 0.5}),
+        ("teach", {"steps": 2, "rate": 1e-2}),
+        ("round", {"bits": 4}),
+    ]
+    cs.compress(model, plan, rows)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+# Bytes.
+
+PLANS = {
+    "whole": [],
+    "8 bits": [("round", {"bits": 8})],
+    "3 bits": [("round", {"bits": 3, "group": 16})],
+    "2 bits, minimum": [("round", {"bits": 2, "scheme": "asymmetric"})],
+    "sparse": [("sparse", {"keep": 0.3})],
+    "2:4": [("2:4", {})],
+    "narrow": [("narrow", {"keep": 0.5})],
+    "narrow, 4 bits": [("narrow", {"keep": 0.5}), ("round", {"bits": 4})],
+    "sparse, 4 bits": [("sparse", {"keep": 0.5}), ("round", {"bits": 4})],
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_bytes_are_those_of_the_file(plan, rows, tmp_path):
+    # Long enough that the file's header, a few kilobytes, is under one per cent.
+    torch.manual_seed(0)
+    sizes = {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
+    model = GPT(GPTConfig(vocab_size=3000, **sizes, init_std=0.1))
+    small = cs.compress(model, PLANS[plan], rows)
+    size = cs.save(small, tmp_path / "model.safetensors")
+    assert cs.stored_bytes(small) == pytest.approx(size, rel=0.01)
+    assert cs.stored_bytes(small) > cs.stored_bytes(small, blocks_alone=True)
+
+
+def test_bytes_by_hand(rows):
+    layer = torch.nn.Linear(128, 2, bias=False)
+
+    def parts(constraint):
+        cs.constrain_(layer, constraint)
+        return {name: part.nbytes for name, part in cs._parts(layer).items()}
+
+    half = torch.arange(128).repeat(2, 1) % 2 == 0
+    assert parts(cs.Constraint(bits=4)) == {"codes": 128, "scale": 8}
+    assert parts(cs.Constraint(half)) == {"places": 32, "values": 256}
+    assert parts(cs.Constraint(half, pattern="2:4")) == {"places": 32, "values": 256}
+    assert parts(cs.Constraint(half, bits=4)) == {"places": 32, "codes": 64, "scale": 8}
+
+
+def test_a_stored_model_can_be_read_back(rows):
+    """What is stored is enough: places and values give the weight again."""
+    model = cs.sparse(small_model(), rows, 0.3)
+    layer = next(iter(anatomy.projections(model).values()))
+    parts = cs._parts(layer)
+    bits = (parts["places"][:, None] >> torch.arange(8)) & 1
+    mask = bits.flatten()[: layer.weight.numel()].view_as(layer.weight).bool()
+    again = torch.zeros_like(layer.weight)
+    again[mask] = parts["values"].float()
+    torch.testing.assert_close(again, layer.weight.detach(), atol=1e-3, rtol=1e-3)
+
+
+# Side by side.
+
+
+def test_a_deployed_model_computes_the_same(rows):
+    for plan in ([("round", {"bits": 4})], [("sparse", {"keep": 0.5}), ("round", {"bits": 4})]):
+        model = cs.compress(small_model(), plan, rows)
+        ready = cs.deployed(model)
+        expected = model(rows[:, :-1])
+        torch.testing.assert_close(ready(rows[:, :-1]), expected, atol=1e-4, rtol=1e-4)
+        quantized = any(isinstance(m, QuantizedLinear) for m in ready.modules())
+        assert quantized == (len(plan) == 1)
+
+
+def test_the_frontier_has_a_row_for_each_recipe(rows):
+    recipes = {"whole": [], "2 bits": [("round", {"bits": 2})]}
+    recipes["tuned"] = [("narrow", {"keep": 0.5}), ("tune", {"steps": 2, "rate": 1e-3})]
+    table = cs.frontier(small_model(), recipes, rows, rows)
+    assert [row["name"] for row in table] == list(recipes)
+    assert table[0]["over"] == 0 and table[2]["steps"] == 2 and table[0]["steps"] == 0
+    assert table[1]["bytes"] < table[0]["bytes"] and all(row["ms"] > 0 for row in table)
+
+
+# The exercises.
+
+
+def no_scales(shape, keep, bits, group):
+    out, size = shape
+    return out * round(keep * size) * bits / 8 + out * size / 8
+
+
+def no_places(shape, keep, bits, group):
+    out, size = shape
+    return (out * round(keep * size) * bits + 16 * out * -(-size // group)) / 8
+
+
+def no_temperature(student, teacher, temperature):
+    a, b = (F.log_softmax(logits / temperature, -1) for logits in (student, teacher))
+    return (b.exp() * (b - a)).sum(-1).mean()
+
+
+def other_way(student, teacher, temperature):
+    return exercises._distillation(teacher, student, temperature)
+
+
+WRONG = {
+    "recipe_bytes": [no_scales, no_places],
+    "distillation": [no_temperature, other_way],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_exercises_tell_right_from_wrong(name, tells_right_from_wrong):
+    tells_right_from_wrong(getattr(exercises, name), WRONG[name])
