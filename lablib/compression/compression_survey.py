@@ -8,7 +8,6 @@ Lab 808. A recipe is a list of steps: prune, tune, quantize, distil. What is pru
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,11 @@ from lablib.compression.calibration import input_norms, token_losses
 from lablib.compression.finequant import adaptive_groups, ranges
 from lablib.compression.nas_compression import divergence
 from lablib.compression.quantize import QuantizedLinear, QuantizedWeight, quantize
-from lablib.compression.recover import language_loss, recover
+from lablib.compression.recover import cross_entropy, recover
 from lablib.compression.structures import Keep, sizes, sliced
 from lablib.kernels.dequant_matmul import naive
 from lablib.models import anatomy
+from lablib.resources import measure
 
 
 @dataclass(frozen=True)
@@ -227,9 +227,8 @@ def taught(model, rows, steps: int, rate: float, teacher: nn.Module, share: floa
         with torch.no_grad():
             target = anatomy.logits(teacher, rows[:, :-1])
         found = anatomy.logits(model, rows[:, :-1])
-        return share * divergence(found, target, temperature) + (1 - share) * language_loss(
-            model, rows
-        )
+        soft, hard = divergence(found, target, temperature), cross_entropy(found, rows)
+        return share * soft + (1 - share) * hard
 
     recover(model, rows, steps, rate, batch=batch, seed=None, loss=loss)
     return model
@@ -374,10 +373,6 @@ def frontier(model: nn.Module, recipes: Mapping[str, Recipe], train: Tensor, row
 
 def _seconds(model: nn.Module, tokens: Tensor) -> float:
     """A token, reading."""
-    times = []
     with torch.no_grad():
-        for _ in range(3):
-            start = time.perf_counter()
-            anatomy.logits(model, tokens)
-            times.append(time.perf_counter() - start)
-    return min(times) / tokens.numel()
+        times = measure({"read": lambda: anatomy.logits(model, tokens)}, repeats=3)
+    return min(times["read"]) / tokens.numel()

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from lablib.compression import importance
 from lablib.compression.calibration import input_norms
+from lablib.compression.recover import cross_entropy
 from lablib.compression.structures import Keep, parameters_of, remaining, sizes, sliced
 from lablib.models import anatomy
 
@@ -316,20 +317,16 @@ def sandwich_loss(
 
     def loss(model: nn.Module, rows: Tensor) -> Tensor:
         teacher = space.sub_network(space.largest)(rows[:, :-1])
-        total = _cross_entropy(teacher, rows)
+        total = cross_entropy(teacher, rows)
         for config in (space.smallest, *(draw(random) for _ in range(n_random))):
             logits = space.sub_network(config)(rows[:, :-1])
-            part = (1 - distill) * _cross_entropy(logits, rows) if distill < 1 else 0.0
+            part = (1 - distill) * cross_entropy(logits, rows) if distill < 1 else 0.0
             if distill:
                 part = part + distill * divergence(logits, teacher.detach(), temperature)
             total = total + part
         return total
 
     return loss
-
-
-def _cross_entropy(logits: Tensor, rows: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -345,7 +342,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
 
 def own_loss(space: Space, config: Config) -> Callable[[nn.Module, Tensor], Tensor]:
     """A loss that trains one sub-network alone."""
-    return lambda model, rows: _cross_entropy(space.sub_network(config)(rows[:, :-1]), rows)
+    return lambda model, rows: cross_entropy(space.sub_network(config)(rows[:, :-1]), rows)
 
 
 # The front.

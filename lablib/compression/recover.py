@@ -24,7 +24,11 @@ Loss = Callable[[nn.Module, Tensor], Tensor]
 
 def language_loss(model: nn.Module, rows: Tensor) -> Tensor:
     """Nats a token: rows (batch, length + 1) -> a mean."""
-    logits = anatomy.logits(model, rows[:, :-1])  # (batch, length, vocab)
+    return cross_entropy(anatomy.logits(model, rows[:, :-1]), rows)
+
+
+def cross_entropy(logits: Tensor, rows: Tensor) -> Tensor:
+    """The same of logits (batch, length, vocab) that are there already."""
     return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
 
 
