@@ -1,4 +1,4 @@
-"""Set-up: fetch the corpora, prepare the pretrained models. Does nothing when all is there."""
+"""Set-up: fetch corpora and tasks, prepare pretrained models. Does nothing when all is there."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lablib.data.corpora import CORPORA, prepare
+from lablib.data.tasks import TASKS, prepare_task
 from lablib.models.weights import is_ready, local_names, prepare_model
 from lablib.papers import Paper, papers, themes
 from lablib.paths import project_dir
@@ -15,7 +16,7 @@ from lablib.paths import project_dir
 
 @dataclass(frozen=True)
 class Step:
-    """One corpus or model. name: as results list it, such as "corpus bible"."""
+    """One corpus, task or model. name: as results list it, such as "corpus bible"."""
 
     name: str
     about: str
@@ -24,7 +25,7 @@ class Step:
 
 
 def prepare_all() -> None:
-    """Prepare each corpus and model in turn, saying what is done and how long it took.
+    """Prepare each corpus, task and model in turn, saying what is done and how long it took.
 
     `LABLIB_THEMES=experts,scaling` limits them to what the labs of these themes need.
     Each is written whole or not at all, so after an interruption the next run goes on with the
@@ -38,7 +39,7 @@ def prepare_all() -> None:
         start = time.perf_counter()
         step.work()
         print(f"{time.perf_counter() - start:.0f} s", flush=True)
-    print(f"{len(steps)} corpora and models are ready")
+    print(f"{len(steps)} corpora, tasks and models are ready")
 
 
 def needed_steps() -> list[Step]:
@@ -51,9 +52,9 @@ def needed_steps() -> list[Step]:
 
 
 def all_steps() -> list[Step]:
-    """Every corpus and model that set-up can prepare."""
+    """Every corpus, task and model that set-up can prepare."""
     rows = [corpus for corpus in CORPORA.values() if not corpus.online]
-    return [
+    corpora = [
         Step(
             f"corpus {corpus.name}",
             f" ({corpus.source})",
@@ -61,10 +62,21 @@ def all_steps() -> list[Step]:
             lambda c=corpus: prepare(c.name),
         )
         for corpus in rows
-    ] + [
+    ]
+    tasks = [
+        Step(
+            f"task {task.name}",
+            f" ({task.source})",
+            lambda t=task: t.is_ready,
+            lambda t=task: prepare_task(t.name),
+        )
+        for task in TASKS.values()
+    ]
+    models = [
         Step(f"model {name}", "", lambda n=name: is_ready(n), lambda n=name: prepare_model(n))
         for name in local_names()
     ]
+    return corpora + tasks + models
 
 
 def _chosen(text: str) -> set[str]:
@@ -106,7 +118,7 @@ def _content(path: Path) -> set[str] | None:
 
 
 def _named_in(notebook: Path) -> set[str]:
-    """The corpora and models that stand in quotes in a notebook's code."""
+    """The corpora, tasks and models that stand in quotes in a notebook's code."""
     if not notebook.is_file():
         return set()
     cells = json.loads(notebook.read_text("utf-8"))["cells"]

@@ -38,6 +38,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setitem(CORPORA, "bible", corpus)
     monkeypatch.setitem(PACKAGED, "minilm-l6-v2", model)
     monkeypatch.setattr(prepare, "CORPORA", {"bible": corpus})
+    monkeypatch.setattr(prepare, "TASKS", {})
     monkeypatch.setattr(prepare, "local_names", lambda: ["minilm-l6-v2"])
     return tmp_path / "cache"
 

@@ -13,9 +13,10 @@ def time_kernels(tier: str | None = None) -> None:
 
 def time_training(tier: str | None = None) -> None:
     """Time `fit` against a bare PyTorch loop and against transformers' own model."""
-    from lablib.bench.training import bench_training
+    from lablib.bench.training import bench_lora, bench_training
 
     bench_training()
+    bench_lora()
 
 
 def time_labs(tier: str | None = None) -> None:

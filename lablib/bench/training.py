@@ -1,6 +1,8 @@
-"""`python -m lablib bench training`: what `fit` and `GPT` cost."""
+"""`python -m lablib bench training`: what `fit` and `GPT` cost, and a step of LoRA."""
 
+import importlib.util
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -8,7 +10,10 @@ import torch
 from torch import nn
 
 from lablib.data import Batches
-from lablib.models import GPT, GPTConfig
+from lablib.models import GPT, GPTConfig, anatomy, pretrained, to_hf
+from lablib.peft.adapter import freeze_base_
+from lablib.peft.lora import lora_
+from lablib.resources import measure
 from lablib.training import adamw, fit, next_token_loss
 
 SIZES = {
@@ -88,3 +93,59 @@ def bench_training(repeats: int = 9, steps: int | None = None) -> dict[str, dict
             ratio = statistics.median(own / bare for own, bare in pairs)
             print(f"{name:5} {key:24} {1e3 * seconds:7.2f} ms a step, {ratio:5.2f} x bare")
     return table
+
+
+ROLES = ("query", "value")
+PEERS = ["q_proj", "v_proj"]  # the same by transformers' names
+
+
+def bench_lora(
+    name: str = "smollm2-135m-instruct", repeats: int = 5, rank: int = 8, length: int = 64
+) -> dict[str, float]:
+    """Time a training step with LoRA in turn: peft's and ours on transformers' Llama, ours on GPT.
+
+    Two rows of so many tokens, query and value. Returns the median seconds of each; a printed ratio
+    is the median over rounds of the ratio to peft's, where that package is installed.
+    """
+    rows = torch.randint(1000, (2, length + 1))
+    steps = {way: _lora_step(model, rows) for way, model in _adapted(name, rank).items()}
+    measure(steps, 1)
+    times = measure(steps, repeats)
+    first = next(iter(times))
+    for way, seconds in times.items():
+        ratio = statistics.median(own / peer for own, peer in zip(seconds, times[first]))
+        print(f"LoRA  {way:26} {1e3 * statistics.median(seconds):7.1f} ms a step, {ratio:5.2f} x")
+    return {way: statistics.median(seconds) for way, seconds in times.items()}
+
+
+def _adapted(name: str, rank: int) -> dict[str, nn.Module]:
+    from transformers import AutoModelForCausalLM
+
+    ours, _ = pretrained(name)
+    with tempfile.TemporaryDirectory() as folder:
+        to_hf(ours, folder)
+        theirs = [AutoModelForCausalLM.from_pretrained(folder).float() for _ in range(2)]
+    models = {}
+    if importlib.util.find_spec("peft") is not None:
+        import peft
+
+        config = peft.LoraConfig(r=rank, target_modules=PEERS)
+        models["peft, transformers' Llama"] = peft.get_peft_model(theirs[0], config)
+    for way, model in {"lora_, transformers' Llama": theirs[1], "lora_, GPT": ours}.items():
+        lora_(model, ROLES, rank)
+        freeze_base_(model)
+        models[way] = model
+    return models
+
+
+def _lora_step(model: nn.Module, rows: torch.Tensor) -> Callable[[], None]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        logits = anatomy.logits(model, rows[:, :-1])
+        nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
+        optimizer.step()
+
+    return step

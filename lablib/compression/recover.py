@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lablib.compression.lora import add_lora_, merge_lora_
 from lablib.models import anatomy
 from lablib.modes import kept_modes
+from lablib.peft.adapter import fold_
+from lablib.peft.adapter import trainable as adapted
+from lablib.peft.lora import lora_
 from lablib.training.clipping import clip_gradients
 from lablib.training.optimizers import adamw
 from lablib.training.schedules import learning_rate_factor
@@ -104,7 +106,7 @@ def _training(
             yield [p for p in model.parameters() if p.requires_grad]
         finally:
             if trainable == "lora":
-                merge_lora_(model)
+                fold_(model)
             for parameter in model.parameters():
                 parameter.requires_grad_(before.get(id(parameter), True))
                 parameter.grad = None
@@ -116,7 +118,8 @@ def _chosen(
     if trainable == "lora":
         with torch.random.fork_rng():
             torch.manual_seed(seed or 0)
-            trainable = add_lora_(model, rank=rank)
+            lora_(model, rank=rank)
+            trainable = list(adapted(model))
     named = dict(model.named_parameters())
     if trainable == "all":
         trainable = named

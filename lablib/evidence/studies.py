@@ -387,18 +387,24 @@ def other_content(content: Mapping[str, str]) -> list[str]:
 def pinned(name: str) -> bool:
     """Whether content is the same everywhere; the running Python's own text is not."""
     from lablib.data.corpora import CORPORA
+    from lablib.data.tasks import TASKS
 
     kind, _, key = name.partition(" ")
-    return kind != "corpus" or (key in CORPORA and bool(CORPORA[key].sha256))
+    known = {"corpus": CORPORA, "task": TASKS}.get(kind)
+    return known is None or (key in known and bool(known[key].sha256))
 
 
 def content_path(name: str) -> Path | None:
-    """The file of "corpus NAME" or "model NAME", None when it is not prepared here."""
+    """The file of "corpus NAME", "task NAME" or "model NAME"; None when it is not prepared here."""
     kind, _, key = name.partition(" ")
     if kind == "corpus":
         from lablib.data.corpora import CORPORA
 
         return CORPORA[key].path if key in CORPORA else None
+    if kind == "task":
+        from lablib.data.tasks import TASKS
+
+        return TASKS[key].path if key in TASKS else None
     from lablib.models.weights import is_ready, own_names, pretrained_path
 
     ready = key in own_names() or is_ready(key)

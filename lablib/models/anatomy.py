@@ -1,8 +1,9 @@
 """Where each family keeps its blocks, projections, norms and embeddings.
 
 The one place that knows the names, so that a technique written against it works on `GPT` and
-on transformers' Llama, Mistral, Qwen2, Qwen3 and GPT-2 alike. Works on what a model contains,
-not on its class, so subclasses and bare backbones are found too.
+on transformers' Llama, Mistral, Qwen2, Qwen3, GPT-2, BERT, RoBERTa and T5 (its encoder) alike.
+Works on what a model contains, not on its class, so subclasses are found too, and so are encoders
+without a head.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Family:
-    """Dotted names below the model (first group) and below a block (second group)."""
+    """Dotted names below the model (first group) and below a block (second group).
+
+    first_norm: over the embeddings, where no norm comes after the last block. mlp: empty where it
+    is no module of its own. sign: a name that tells it from a family with the same blocks.
+    """
 
     name: str
     blocks: str
@@ -27,6 +32,9 @@ class Family:
     attention_norm: str
     mlp_norm: str
     projections: dict[str, str]  # role -> name below the block
+
+    first_norm: str = ""
+    sign: str = ""
 
 
 _OURS = Family(
@@ -87,7 +95,59 @@ _GPT2 = Family(
         "down": "mlp.c_proj",
     },
 )
-FAMILIES = (_OURS, _LLAMA, _GPT2)
+
+
+def _bert(name: str, prefix: str, head: str) -> Family:
+    return Family(
+        name=name,
+        blocks=f"{prefix}encoder.layer",
+        embedding=f"{prefix}embeddings.word_embeddings",
+        first_norm=f"{prefix}embeddings.LayerNorm",
+        final_norm="",
+        head=head,
+        attention="attention",
+        mlp="",
+        attention_norm="attention.output.LayerNorm",
+        mlp_norm="output.LayerNorm",
+        projections={
+            "query": "attention.self.query",
+            "key": "attention.self.key",
+            "value": "attention.self.value",
+            "output": "attention.output.dense",
+            "up": "intermediate.dense",
+            "down": "output.dense",
+        },
+    )
+
+
+def _t5(name: str, sign: str, **inner: str) -> Family:
+    projections = {"query": "q", "key": "k", "value": "v", "output": "o"}
+    return Family(
+        name=name,
+        sign=f"encoder.block.0.layer.1.DenseReluDense.{sign}",
+        blocks="encoder.block",
+        embedding="shared",
+        final_norm="encoder.final_layer_norm",
+        head="lm_head",
+        attention="layer.0.SelfAttention",
+        mlp="layer.1.DenseReluDense",
+        attention_norm="layer.0.layer_norm",
+        mlp_norm="layer.1.layer_norm",
+        projections={role: f"layer.0.SelfAttention.{n}" for role, n in projections.items()}
+        | {role: f"layer.1.DenseReluDense.{n}" for role, n in inner.items()},
+    )
+
+
+FAMILIES = (
+    _OURS,
+    _LLAMA,
+    _GPT2,
+    _bert("BERT", "", ""),
+    _bert("BERT", "bert.", "cls.predictions.decoder"),
+    _bert("RoBERTa", "roberta.", "lm_head.decoder"),
+    _t5("T5", "wi", up="wi", down="wo"),
+    _t5("T5 1.1", "wi_1", gate="wi_0", up="wi_1", down="wo"),
+)
 
 
 def family(model: nn.Module) -> Family:
@@ -96,9 +156,10 @@ def family(model: nn.Module) -> Family:
     Raises ValueError that names the model's class when it is none of FAMILIES.
     """
     for candidate in FAMILIES:
-        if all(_has(model, name) for name in (candidate.blocks, candidate.embedding)):
+        names = (candidate.blocks, candidate.embedding, candidate.sign)
+        if all(_has(model, name) for name in names if name):
             return candidate
-    known = ", ".join(f.name for f in FAMILIES)
+    known = ", ".join(dict.fromkeys(f.name for f in FAMILIES))
     raise ValueError(f"{type(model).__name__} has the layout of none of these families: {known}")
 
 
@@ -111,7 +172,7 @@ def _has(model: nn.Module, name: str) -> bool:
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
-    """The model's decoder blocks, first to last; assign an item to replace a block."""
+    """The model's blocks, first to last; assign an item to replace a block."""
     return model.get_submodule(family(model).blocks)
 
 
@@ -121,17 +182,29 @@ def embedding(model: nn.Module) -> nn.Embedding:
 
 
 def final_norm(model: nn.Module) -> nn.Module:
-    """The norm between the last block and the head."""
-    return model.get_submodule(family(model).final_norm)
+    """The norm between the last block and the head.
+
+    Raises ValueError for BERT and RoBERTa, whose blocks end with a norm.
+    """
+    return model.get_submodule(_there(family(model), "final_norm"))
 
 
 def head(model: nn.Module) -> nn.Module:
-    """The projection to logits."""
-    return model.get_submodule(family(model).head)
+    """The projection to logits. Raises ValueError for an encoder without one."""
+    return model.get_submodule(_there(family(model), "head"))
+
+
+def _there(names: Family, what: str) -> str:
+    if not getattr(names, what):
+        raise ValueError(f"{names.name} has no {what.replace('_', ' ')} here")
+    return getattr(names, what)
 
 
 def part(model: nn.Module, block: int, role: str) -> nn.Module:
-    """A block's "attention", "mlp", "attention_norm" or "mlp_norm"."""
+    """A block's "attention", "mlp", "attention_norm" or "mlp_norm".
+
+    Raises ValueError for BERT's "mlp": it is two modules, which `sublayers` hides.
+    """
     return model.get_submodule(_part_name(model, block, role))
 
 
@@ -146,7 +219,7 @@ def _part_name(model: nn.Module, block: int, role: str) -> str:
         raise ValueError(
             f"{role!r} is no part of a block: attention, mlp, attention_norm, mlp_norm"
         )
-    return f"{names.blocks}.{range(len(blocks(model)))[block]}.{getattr(names, role)}"
+    return f"{names.blocks}.{range(len(blocks(model)))[block]}.{_there(names, role)}"
 
 
 def projections(model: nn.Module, *roles: str) -> dict[str, nn.Module]:
@@ -187,15 +260,15 @@ def _check_role(names: Family, role: str) -> None:
 
 
 def norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Full dotted name -> norm: two a block, then the final one."""
+    """Full dotted name -> norm, in their order: two a block and the final one, or the first."""
     names = family(model)
-    by_name = {}
+    by_name = {names.first_norm: model.get_submodule(names.first_norm)} if names.first_norm else {}
     for i in range(len(blocks(model))):
         for name in (names.attention_norm, names.mlp_norm):
             full = f"{names.blocks}.{i}.{name}"
             if _has(model, full):
                 by_name[full] = model.get_submodule(full)
-    return by_name | {names.final_norm: final_norm(model)}
+    return by_name | ({names.final_norm: final_norm(model)} if names.final_norm else {})
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

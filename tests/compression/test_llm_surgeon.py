@@ -5,10 +5,11 @@ from hypothesis import strategies as st
 
 from lablib.compression import llm_surgeon as s
 from lablib.compression.curvature import Factors, kronecker_factors
-from lablib.compression.lora import add_lora_, merge_lora_
 from lablib.compression.structures import Keep, sliced
 from lablib.exercises import llm_surgeon as exercises
 from lablib.models import GPT, GPTConfig, anatomy
+from lablib.peft.adapter import fold_
+from lablib.peft.lora import lora_
 from lablib.studies import llm_surgeon as study
 
 
@@ -275,12 +276,12 @@ def test_what_is_gone_stays_gone_when_something_trains_between_shots():
 
     def between(changed):
         calls.append(zeros_of(changed))
-        add_lora_(changed, rank=2)
+        lora_(changed, rank=2)
         with torch.no_grad():
             for module in changed.modules():
                 if hasattr(module, "up") and isinstance(module.up, torch.nn.Parameter):
                     module.up.normal_()
-        merge_lora_(changed)
+        fold_(changed)
         assert zeros_of(changed) == 0
 
     s.prune_(model, some_rows(), 0.3, shots=3, between=between)

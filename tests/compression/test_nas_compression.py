@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lablib.compression import lora
 from lablib.compression import nas_compression as nas
 from lablib.compression.recover import recover
 from lablib.exercises import nas_compression as exercises
 from lablib.models import GPT, GPTConfig, anatomy, pretrained, to_hf
 from lablib.paths import PACKAGE
+from lablib.peft.adapter import fold_, trainable
+from lablib.peft.lora import lora_
 
 
 def small_model():
@@ -142,11 +143,12 @@ def test_adapters_of_a_super_network_learn_in_its_sub_networks(rows):
     random = np.random.default_rng(0)
     loss = nas.sandwich_loss(space, random)
     expected = space.sub_network(space.smallest)(rows[:, :-1])
-    names = lora.add_lora_(model, rank=2)
+    lora_(model, rank=2)
+    names = list(trainable(model))
     found = space.sub_network(space.smallest)(rows[:, :-1])
     torch.testing.assert_close(found, expected)
     recover(model, rows, 3, 1e-2, trainable=names, loss=loss)
-    lora.merge_lora_(model)
+    fold_(model)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {f"{name}.weight" for name in anatomy.projections(model)}
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from lablib.compression import importance, lora, structures
+from lablib.compression import importance, structures
 from lablib.compression import recover as r
-from lablib.models import GPT, GPTConfig, anatomy, to_hf
+from lablib.models import GPT, GPTConfig, anatomy
+from lablib.peft.lora import LoRALinear
 
 
 def small_model():
@@ -56,7 +57,7 @@ def test_lora_changes_projections_by_a_low_rank_and_is_gone_afterwards(rows):
     model = small_model()
     before = state(model)
     r.recover(model, rows, 3, 1e-2, trainable="lora", rank=2)
-    assert not any(isinstance(m, lora.LoRALinear) for m in model.modules())
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
     assert changed(model, before) == {f"{name}.weight" for name in anatomy.projections(model)}
     for name, layer in anatomy.projections(model).items():
         change = layer.weight.detach() - before[f"{name}.weight"]
@@ -99,37 +100,6 @@ def test_another_word_or_an_unknown_name_is_said(rows):
     with pytest.raises(ValueError, match="no parameter head"):
         r.recover(model, rows, 1, 1e-3, trainable=["head"])
     assert all(p.requires_grad for p in model.parameters())
-
-
-@pytest.mark.parametrize("family", ["ours", "transformers"])
-def test_lora_is_what_peft_computes(family, rows, tmp_path):
-    peft = pytest.importorskip("peft")
-    from transformers import AutoModelForCausalLM
-
-    to_hf(small_model(), tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
-    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"])
-    theirs = peft.get_peft_model(theirs, config)
-    model = small_model() if family == "ours" else AutoModelForCausalLM.from_pretrained(tmp_path)
-    names = lora.add_lora_(model, "query", "down", rank=3, alpha=6)
-    assert len(names) == 8
-    torch.manual_seed(1)
-    found = [m for m in model.modules() if isinstance(m, lora.LoRALinear)]
-    others = [m for m in theirs.modules() if hasattr(m, "lora_A")]
-    for ours, their in zip(found, others, strict=True):
-        for mine, other in ((ours.down, their.lora_A), (ours.up, their.lora_B)):
-            values = torch.randn(mine.shape)
-            mine.data.copy_(values)
-            other["default"].weight.data.copy_(values)
-    expected = theirs(rows[:1]).logits
-    torch.testing.assert_close(anatomy.logits(model, rows[:1]), expected, atol=1e-5, rtol=1e-5)
-    lora.merge_lora_(model)
-    torch.testing.assert_close(anatomy.logits(model, rows[:1]), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_a_rank_that_is_too_large_is_said():
-    with pytest.raises(ValueError, match="rank 17 is not 1 to 16"):
-        lora.LoRALinear(torch.nn.Linear(16, 32), 17)
 
 
 def test_scores_of_neurons_and_heads_are_norms_of_what_they_add(rows):

@@ -207,3 +207,13 @@ def test_a_paper_without_runs_says_what_to_do():
     study = next(study for study in map(Study, papers()) if not study.path.is_file())
     with pytest.raises(StudyError, match=f"python -m lablib study {study.paper.slug}"):
         study.read()
+
+
+def test_content_that_differs_between_machines_is_not_compared():
+    from lablib.evidence.studies import content_path, pinned
+
+    assert pinned("corpus bible") and pinned("task movies") and pinned("model minilm-l6-v2")
+    assert not pinned("corpus python-source") and not pinned("task python-module")
+    assert not pinned("corpus of nobody") and not pinned("task of nobody")
+    assert content_path("task movies").name == "movies.jsonl"
+    assert content_path("task of nobody") is None

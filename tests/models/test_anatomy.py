@@ -21,6 +21,29 @@ MODELS = {
         hf.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=32)
     ),
 }
+BERT = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+T5 = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+ENCODERS = {
+    "bert": lambda: hf.BertModel(hf.BertConfig(**BERT)),
+    "bert with a head": lambda: hf.BertForMaskedLM(hf.BertConfig(**BERT)),
+    "roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**BERT)),
+    "t5": lambda: hf.T5EncoderModel(hf.T5Config(**T5)),
+    "t5 1.1": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(**T5, feed_forward_proj="gated-gelu")
+    ),
+}
+
+
+@pytest.fixture(params=ENCODERS)
+def encoder(request):
+    torch.manual_seed(0)
+    return ENCODERS[request.param]().eval()
 
 
 @pytest.fixture(params=MODELS)
@@ -75,3 +98,31 @@ def test_an_unknown_model_or_role_is_named():
         anatomy.projections(MODELS["gpt"](), "q")
     with pytest.raises(ValueError, match="'ffn' is no part of a block"):
         anatomy.part(MODELS["gpt"](), 0, "ffn")
+
+
+def test_every_matrix_of_an_encoders_blocks_is_a_projection(encoder):
+    found = {id(m.weight) for m in anatomy.projections(encoder).values()}
+    linear = [m for m in anatomy.blocks(encoder).modules() if isinstance(m, nn.Linear)]
+    assert found == {id(m.weight) for m in linear} and len(found) in (12, 14)
+
+
+def test_every_norm_of_an_encoder_is_found(encoder):
+    kinds = (nn.LayerNorm, hf.models.t5.modeling_t5.T5LayerNorm)
+    stack = encoder.encoder if hasattr(encoder, "shared") else encoder
+    inside = {id(m) for n, m in stack.named_modules() if isinstance(m, kinds) and "cls" not in n}
+    inside -= {id(m) for n, m in stack.named_modules() if n.startswith("lm_head")}
+    norms = anatomy.norms(encoder)
+    assert {id(m) for m in norms.values()} == inside and len(norms) == 5
+    names = list(norms)
+    assert anatomy.family(encoder).name.startswith("T5") or "mbedding" in names[0]
+
+
+def test_what_an_encoder_lacks_is_said():
+    bert = ENCODERS["bert"]()
+    with pytest.raises(ValueError, match="BERT has no final norm"):
+        anatomy.final_norm(bert)
+    with pytest.raises(ValueError, match="BERT has no head"):
+        anatomy.head(bert)
+    with pytest.raises(ValueError, match="BERT has no mlp"):
+        anatomy.part(bert, 0, "mlp")
+    assert anatomy.head(ENCODERS["roberta"]()).out_features == 60

@@ -1,0 +1,1 @@
+"""Parameter-efficient fine-tuning: labs 701 to 714."""

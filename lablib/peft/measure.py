@@ -1,0 +1,175 @@
+"""What a method costs: numbers that train, memory by account, bytes to keep, time.
+
+Memory is counted, not observed, so it is the same on every machine: parameters, their gradients,
+the optimizer's state, and what autograd saves for the backward pass.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from lablib.modes import kept_modes
+from lablib.peft.adapter import (
+    WeightAdapter,
+    adapters,
+    freeze_base_,
+    merge_,
+    remove_,
+    save_adapter,
+    trainable,
+)
+from lablib.resources import measure
+
+Method = Callable[[nn.Module], None]  # puts adapters into a model, in place
+Loss = Callable[[nn.Module], Tensor]
+
+ADAM = 2 * 4  # bytes a number that trains: two moments in float32
+
+
+def full(model: nn.Module) -> None:
+    """The method that brings nothing: all weights train."""
+
+
+def account(model: nn.Module, loss: Loss) -> dict[str, int]:
+    """Bytes of one training step of what asks for gradients, by kind.
+
+    Keys: parameters (buffers among them), gradients, optimizer (AdamW's moments), saved (by
+    autograd for the backward pass, each storage once, parameters not again), total.
+    """
+    kept = _storages([*model.parameters(), *model.buffers()])
+    training = [p for p in model.parameters() if p.requires_grad]
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in kept:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # the tensor itself would keep its own graph alive
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = loss(model)  # holds what was saved, so that no address comes twice
+    del value
+    bytes_of = {
+        "parameters": sum(kept.values()),
+        "gradients": sum(p.numel() * p.element_size() for p in training),
+        "optimizer": sum(p.numel() * ADAM for p in training),
+        "saved": sum(saved.values()),
+    }
+    return bytes_of | {"total": sum(bytes_of.values())}
+
+
+def _storages(tensors) -> dict[int, int]:
+    storages = [t.untyped_storage() for t in tensors]
+    return {s.data_ptr(): s.nbytes() for s in storages}
+
+
+def adapter_bytes(model: nn.Module) -> int:
+    """The size of the file that `save_adapter` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "adapter.safetensors"
+        save_adapter(model, file)
+        return file.stat().st_size
+
+
+def merge_error(model: nn.Module, outputs: Callable[[nn.Module], Tensor]) -> float | None:
+    """The largest difference of outputs after merging; None where something can't be merged."""
+    found = adapters(model).values()
+    if not found or not all(isinstance(a, WeightAdapter) for a in found):
+        return None
+    with torch.no_grad(), kept_modes(model):
+        model.eval()
+        before = outputs(model)
+        merge_(model)
+        after = outputs(model)
+    for adapter in found:
+        adapter.unmerge()
+    return (after - before).abs().max().item()
+
+
+def measure_method(
+    model: nn.Module,
+    method: Method,
+    loss: Loss,
+    outputs: Callable[[nn.Module], Tensor] | None = None,
+) -> dict:
+    """A method's row; the model is given back as it was.
+
+    Keys: n_trainable, share (of all numbers), file_bytes, those of `account`, merge_error. What the
+    adapters bring trains; of a method that brings nothing, all weights.
+    """
+    asked = [(p, p.requires_grad) for p in model.parameters()]
+    method(model)
+    try:
+        brought = bool(adapters(model))
+        _train_only(model, brought)
+        n = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        row = {"n_trainable": n, "share": n / sum(p.numel() for p in model.parameters())}
+        row |= {"file_bytes": adapter_bytes(model) if brought else _bytes(model)}
+        row |= account(model, loss)
+        return row | {"merge_error": merge_error(model, outputs) if outputs else None}
+    finally:
+        remove_(model)
+        for parameter, asks in asked:
+            parameter.requires_grad_(asks)
+            parameter.grad = None
+
+
+def _train_only(model: nn.Module, brought: bool) -> None:
+    if brought:
+        freeze_base_(model)
+    else:
+        model.requires_grad_(True)
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def times(
+    model: nn.Module,
+    methods: Mapping[str, Method],
+    loss: Loss,
+    outputs: Callable[[nn.Module], Tensor],
+    repeats: int = 5,
+) -> dict[str, dict[str, float]]:
+    """Median seconds of a training step and of inference, each method's, taken in turns.
+
+    A step is forward, backward and AdamW's update of what trains. Ratios of two methods can be
+    believed; the seconds are this machine's. The model is given back as it was.
+    """
+    asked = [(p, p.requires_grad) for p in model.parameters()]
+    seconds: dict[str, dict[str, list[float]]] = {n: {"step": [], "inference": []} for n in methods}
+    for round_ in range(repeats + 1):  # the first one warms up
+        for name, method in methods.items():
+            method(model)
+            _train_only(model, bool(adapters(model)))
+            taken = _once(model, loss, outputs)
+            remove_(model)
+            if round_:
+                for what, value in taken.items():
+                    seconds[name][what].append(value)
+    for parameter, asks in asked:
+        parameter.requires_grad_(asks)
+    return {n: {what: median(v) for what, v in row.items()} for n, row in seconds.items()}
+
+
+def _once(model: nn.Module, loss: Loss, outputs) -> dict[str, float]:
+    parameters = list(trainable(model).values()) or list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+
+    def step():
+        loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def infer():
+        with torch.no_grad():
+            outputs(model)
+
+    return {k: v[0] for k, v in measure({"step": step, "inference": infer}, repeats=1).items()}

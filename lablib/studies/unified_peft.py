@@ -1,0 +1,275 @@
+"""The study of the unified view (2021): which modification of a frozen model learns most.
+
+`tiny-1m` knows Shakespeare, the Bible and Python; it is adapted to licence texts, frozen but for
+one method's additions, and judged on licences that are no near-copies of those it learned from. A
+seed is a draw of training windows, their order, the additions' start, and a slice of held-out text.
+Methods of the large budget add as many parameters as the paper's MAM does to BART-large, as a share
+of the base; those of the small one a twentieth of that. LoRA, which has no biases, gets its rank so
+that it has no fewer. A run of "judged" trains all methods one after the other, on the same
+text, for several seeds.
+
+Tuned on another seed: the rate. Three tries half a decade apart for each method of the large
+budget, then a fourth: between two of them where the best stood inside, beyond them where it stood
+at the edge; prefixes, which like rates ten times as high, got two more. Full fine-tuning has four,
+as have the heads of the small budget; what they are compared with has three.
+"kit" runs are for the lab's construction kit only: one seed, at the rate of the method that they
+differ least from, so they are no fair comparison, and no claim is judged on them.
+Smaller than it might be, for time: 150 steps, one kind of text, no translation. The paper trains
+for 50,000 steps and more, and through an MLP where there is a prefix.
+"""
+
+import copy
+from functools import lru_cache
+from itertools import product
+
+import numpy as np
+import torch
+
+from lablib.compression.recover import language_loss, recover
+from lablib.data.tasks import licence_texts
+from lablib.evidence import Pair, grid, matching
+from lablib.models import pretrained
+from lablib.peft.adapter import n_trainable, trainable
+from lablib.peft.bottleneck import INSERTIONS
+from lablib.peft.unified_peft import (
+    COMPOSE,
+    PLACES,
+    WEIGHTS,
+    Modification,
+    mam,
+    modify_,
+    share_of_bart,
+    why_not,
+)
+
+MODEL = "tiny-1m"
+LENGTH = 64  # tokens of a row
+STEPS, BATCH = 150, 8
+HELD_OUT = 96  # rows a seed
+CHARACTERS = 2000  # of each licence
+DOCUMENTS = {"train": 400, "held_out": 120}
+
+
+def _one(form: str, insertion: str, place: str, compose: str, rank: int) -> tuple:
+    return (Modification(form, insertion, place, compose, rank),)
+
+
+LARGE = {
+    "serial": _one("relu", "serial", "mlp", "add", 94),
+    "parallel": _one("relu", "parallel", "mlp", "add", 94),
+    "serial-attention": _one("relu", "serial", "attention", "add", 94),
+    "parallel-attention": _one("relu", "parallel", "attention", "add", 94),
+    "scaled": _one("relu", "parallel", "mlp", "scale", 94),
+    "lora": _one("linear", "parallel", "mlp weights", "scale", 17),
+    "lora-attention": _one("linear", "parallel", "attention weights", "scale", 55),
+    "prefix": _one("softmax", "parallel", "heads", "gate", 190),
+    "mam": mam(16, 86),
+}
+SMALL = {
+    "few-heads": _one("relu", "parallel", "heads", "add", 4),
+    "few-attention": _one("relu", "parallel", "attention", "add", 4),
+    "few-prefix": _one("softmax", "parallel", "heads", "gate", 8),
+}
+RANKS = {"attention": 94, "heads": 95, "mlp": 94, "attention weights": 55, "mlp weights": 17}
+
+
+def _kit() -> dict[str, tuple]:
+    """All other choices of the menus, at as many parameters; "relu, serial, mlp, scale" is one."""
+    there = {method[0] for method in LARGE.values() if len(method) == 1}
+    kit = {}
+    for choice in product(("linear", "relu", "softmax"), INSERTIONS, PLACES, COMPOSE):
+        method = _one(*choice, RANKS[choice[2]])
+        if not why_not(method[0]) and method[0] not in there and choice[3] != "gate":
+            kit[", ".join(choice)] = method
+    return kit
+
+
+KIT = _kit()
+TRIED = (  # of the kit, for the lab's picture
+    "linear, parallel, mlp, scale",
+    "softmax, parallel, mlp, scale",
+    "linear, parallel, mlp, add",
+    "softmax, parallel, mlp, add",
+    "relu, serial, mlp, scale",
+    "relu, parallel, attention, scale",
+    "relu, parallel, heads, add",
+    "relu, parallel, heads, scale",
+)
+METHODS = {
+    **LARGE,
+    **SMALL,
+    **KIT,
+    "everything": (*LARGE["serial"], *LARGE["mam"], *SMALL["few-heads"], *LARGE["lora"]),
+    "full": (),
+}
+GROUPS = {
+    "judged": (*LARGE, "few-heads", "few-attention", "full"),
+    "kit": TRIED,
+    "tried finer": ("serial", "serial-attention", "scaled", "mam"),
+    "tried higher": ("parallel", "parallel-attention", "prefix"),
+    "tried lower": ("lora", "lora-attention"),
+    "prefixes": ("prefix", "few-prefix"),
+    "few": tuple(SMALL),
+}
+TUNED = {  # learning rates
+    "serial": 1.7e-2,
+    "parallel": 3e-2,
+    "serial-attention": 1e-2,
+    "parallel-attention": 3e-2,
+    "scaled": 1e-2,
+    "lora": 1e-2,
+    "lora-attention": 1e-2,
+    "prefix": 3e-1,
+    "mam": 1.7e-2,
+    "few-heads": 3e-2,
+    "few-attention": 3e-2,
+    "few-prefix": 3e-1,
+    "full": 3e-3,
+}
+
+
+def run(
+    kind: str,
+    seed: int,
+    rate: float | None = None,
+    steps: int = STEPS,
+    batch: int = BATCH,
+    rows: int = HELD_OUT,
+    repeats: int = 1,
+) -> dict:
+    """One point. start, loss: nats a token of held-out text, of the base and after training.
+
+    kind: one of METHODS, or of GROUPS, whose methods are trained one after the other on the same
+        text; then each has its loss under its own name. "full" trains the base's own weights.
+    rate: None is the tuned one. rows: of held-out text.
+    train: the loss of one method while it trained, in five parts.
+    repeats: how many seeds from this one on a group is trained with; then losses are lists.
+    """
+    if repeats > 1:
+        each = [run(kind, seed + n, rate, steps, batch, rows) for n in range(repeats)]
+        return {key: [made[key] for made in each] for key in each[0]}
+    learn, judge = drawn(seed, steps * batch, rows)
+    told = {"start": loss_of(base(), judge)}
+    options = {"seed": seed, "rate": rate, "steps": steps, "batch": batch}
+    if kind not in GROUPS:
+        return told | adapted(kind, learn, judge, **options)
+    return told | {name: adapted(name, learn, judge, **options)["loss"] for name in GROUPS[kind]}
+
+
+def adapted(kind: str, learn, judge, seed: int, rate: float | None, steps: int, batch: int) -> dict:
+    """Train one method on the rows `learn`; its loss on `judge`, and what it adds."""
+    model = copy.deepcopy(base())
+    torch.manual_seed(seed)
+    modify_(model, *METHODS[kind])
+    chosen = list(trainable(model)) or "all"
+    learning = n_trainable(model) or model.n_parameters()
+    rate = rate or TUNED.get(kind) or TUNED[nearest(METHODS[kind][0])]
+    losses = recover(model, learn, steps, rate, batch=batch, trainable=chosen, seed=seed)
+    parts = [round(float(np.mean(part)), 4) for part in np.array_split(losses, min(5, steps))]
+    return {"loss": loss_of(model, judge), "learning": learning, "train": parts}
+
+
+def nearest(m: Modification) -> str:
+    """The method of the large budget whose rate a choice of the kit takes."""
+    if m.place in WEIGHTS:
+        return "lora" if m.place == "mlp weights" else "lora-attention"
+    if m.compose == "scale":
+        return "scaled"
+    return m.insertion if m.place == "mlp" else f"{m.insertion}-attention"
+
+
+def kind_of(m: Modification) -> str:
+    """The kind that is this choice of the four menus, at the large budget."""
+    menus = (m.form, m.insertion, m.place, m.compose)
+    for kind in (*LARGE, *KIT):
+        first, *more = METHODS[kind]
+        if not more and (first.form, first.insertion, first.place, first.compose) == menus:
+            return kind
+    raise KeyError(f"no run has {menus}")
+
+
+@torch.no_grad()
+def loss_of(model, rows) -> float:
+    """Nats a token."""
+    return language_loss(model, rows).item()
+
+
+@lru_cache(maxsize=1)
+def base():
+    """The checkpoint as it is stored."""
+    return pretrained(MODEL)[0]
+
+
+@lru_cache(maxsize=1)
+def texts() -> dict:
+    """Token ids of the beginnings of licences: to learn from, and held out."""
+    _, tokenizer = pretrained(MODEL)
+    ids = {}
+    for (part, n), documents in zip(DOCUMENTS.items(), licence_texts(), strict=True):
+        texts = [document.text[:CHARACTERS] for document in documents[:n]]
+        ids[part] = torch.tensor([i for row in tokenizer(texts)["input_ids"] for i in row])
+    return ids
+
+
+def drawn(seed: int, n: int, rows: int) -> tuple:
+    """A seed's rows, (n, LENGTH + 1) to learn from and (rows, LENGTH + 1) held out."""
+    both = texts()
+    return windows(both["train"], n, seed), windows(both["held_out"], rows, seed + 1000)
+
+
+def windows(ids, n: int, seed: int):
+    """(n, LENGTH + 1) windows of a text, drawn at random."""
+    starts = np.random.default_rng(seed).integers(0, len(ids) - LENGTH, n)
+    return torch.stack([ids[start : start + LENGTH + 1] for start in starts])
+
+
+NEW = 110  # the seed that rates are tuned on
+RATES = (3e-3, 1e-2, 3e-2)
+POINTS = [
+    *grid(kind="judged", seed=0, repeats=3),
+    *grid(kind="judged", seed=3, repeats=2),
+    *grid(kind="kit", seed=0),
+]
+TUNING = [
+    *grid(kind=tuple(LARGE), seed=NEW, rate=RATES),
+    *grid(kind="tried finer", seed=NEW, rate=1.7e-2),
+    *grid(kind="tried higher", seed=NEW, rate=1e-1),
+    *grid(kind="tried lower", seed=NEW, rate=5.6e-3),
+    *grid(kind="few", seed=NEW, rate=(1e-2, 3e-2, 1e-1)),
+    *grid(kind="few-heads", seed=NEW, rate=(3e-3, 1e-2)),
+    *grid(kind="prefixes", seed=NEW, rate=(3e-1, 1.0)),
+    *grid(kind="full", seed=NEW, rate=(3e-4, 1e-3, 3e-3, 1e-2)),
+]
+CANARY = {"kind": "everything", "seed": 200, "rate": 1e-3, "steps": 2, "batch": 2, "rows": 2}
+
+MARGIN = 0.1  # nats: what "comparable to full fine-tuning" allows
+ROLES = {  # two results of one run
+    "mam": {"method": "mam", "baseline": "serial"},
+    "parallel": {"method": "parallel", "baseline": "serial"},
+    "ffn": {"method": "parallel", "baseline": "parallel-attention"},
+    "ffn-lora": {"method": "lora", "baseline": "lora-attention"},
+    "parallel-attention": {"method": "parallel-attention", "baseline": "serial-attention"},
+    "scaled": {"method": "scaled", "baseline": "parallel"},
+    "heads": {"method": "few-heads", "baseline": "few-attention"},
+    "mam-adapter": {"method": "mam", "baseline": "scaled"},
+    "mam-prefix": {"method": "mam", "baseline": "prefix"},
+    "full": {"method": "mam", "baseline": "full"},
+}
+
+
+def judged(runs: list, kind: str) -> list[float]:
+    """A method's loss, one a seed; kind "start": the base's."""
+    return [loss for run in matching(runs, kind="judged") for loss in run[kind]]
+
+
+def values(runs: list) -> dict:
+    """What each claim is judged on: a pair a seed, or a number."""
+    made: dict = {}
+    for id, role in ROLES.items():
+        both = role["method"], role["baseline"]
+        made[id] = [Pair(*row) for row in zip(range(5), *(judged(runs, kind) for kind in both))]
+    made["full"] = [pair._replace(method=pair.method - MARGIN) for pair in made["full"]]
+    return made | {"lora-share": [100 * share_of_bart(LORA_102)]}
+
+
+LORA_102 = Modification("linear", "parallel", "mlp weights", "scale", 102)
