@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 import transformers as hf
+from families_for_tests import MODELS, SIZES, STILL, TOKENS, moved
 from torch.distributions import Normal, kl_divergence
 
 from lablib.evidence.claims import REPRODUCED, judge
 from lablib.evidence.studies import exchanged
 from lablib.exercises import blob as exercises
-from lablib.models import GPT, GPTConfig, anatomy
+from lablib.models import anatomy
 from lablib.models.classifier import Classifier, Encoded
 from lablib.papers import paper
 from lablib.peft import blob
@@ -28,39 +29,6 @@ from lablib.peft.adapter import (
 )
 from lablib.peft.lora import lora_
 from lablib.studies import blob as study
-
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
-MODELS = {
-    "gpt": lambda: GPT(GPTConfig(60, 32, 2, 4, 2)),
-    "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=32)
-    ),
-    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**SIZES)),
-}
-TOKENS = torch.randint(2, 60, (2, 7), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(params=MODELS)
-def model(request):
-    torch.manual_seed(0)
-    return MODELS[request.param]().eval()
-
-
-def moved(model):
-    """Every adapter's parameters, as if they had trained."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in trainable(model).values():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 def layer(n_in=6, n_out=5, rank=2, **options):
@@ -245,7 +213,7 @@ def task():
 
 def classifier():
     torch.manual_seed(1)
-    model = hf.BertModel(hf.BertConfig(**SIZES))
+    model = hf.BertModel(hf.BertConfig(**SIZES, **STILL))
     blob.blob_(model, ["query", "value", "up", "down"], rank=4)
     return Classifier(model, 2)
 
@@ -279,7 +247,7 @@ def test_draws_differ_and_the_mean_does_not():
 def test_dropout_of_lora_draws_too():
     encoded, _ = task()
     torch.manual_seed(0)
-    made = Classifier(hf.BertModel(hf.BertConfig(**SIZES)), 2)
+    made = Classifier(hf.BertModel(hf.BertConfig(**SIZES, **STILL)), 2)
     lora_(made.model, rank=2, dropout=0.5)
     moved(made.model)
     two = blob.draws(made, encoded, 2)

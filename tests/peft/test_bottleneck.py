@@ -2,10 +2,10 @@ import copy
 
 import pytest
 import torch
-import transformers as hf
+from families_for_tests import MODELS, TOKENS, moved
 from torch import nn
 
-from lablib.models import GPT, GPTConfig, anatomy, sublayers
+from lablib.models import anatomy, sublayers
 from lablib.peft.adapter import (
     adapters,
     disabled,
@@ -28,22 +28,6 @@ from lablib.peft.bottleneck import (
 )
 from lablib.peft.lora import lora_
 
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-MODELS = {
-    "gpt": lambda: GPT(GPTConfig(60, 32, 2, 4, 2)),
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, num_key_value_heads=2)),
-    "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=32)
-    ),
-    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**SIZES)),
-}
-TOKENS = torch.randint(2, 60, (2, 7), generator=torch.Generator().manual_seed(1))
 VERBS = {
     "houlsby": lambda model: houlsby_(model, 3, start="lora"),
     "pfeiffer": lambda model: pfeiffer_(model, 3, start="lora"),
@@ -51,20 +35,6 @@ VERBS = {
     "attention": lambda model: bottleneck_(model, 3, ("attention",), "parallel", 2.0),
     "heads": lambda model: heads_(model, 3, 2.0),
 }
-
-
-@pytest.fixture(params=MODELS)
-def model(request):
-    torch.manual_seed(0)
-    return MODELS[request.param]().eval()
-
-
-def moved(model):
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in trainable(model).values():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -76,7 +46,7 @@ def test_it_starts_as_the_base_and_leaves_nothing(model, verb, tmp_path):
     freeze_base_(model)
     asking = {n for n, p in model.named_parameters() if p.requires_grad}
     assert asking == set(trainable(model)) and asking
-    changed = anatomy.logits(moved(model), TOKENS)
+    changed = anatomy.logits(moved(model, 0.3), TOKENS)
     assert (changed - before).abs().max() > 1e-3
     with disabled(model):
         assert torch.equal(anatomy.logits(model, TOKENS), before)
@@ -116,7 +86,7 @@ def test_outputs_are_those_of_the_equation(model, insertion, place):
     sublayers.change_(model, 1, place, before, "before")
     bottleneck_(model, 3, (place,), insertion, 2.5)
     sublayers.change_(model, 1, place, after, "after")
-    anatomy.logits(moved(model), TOKENS)
+    anatomy.logits(moved(model, 0.3), TOKENS)
     adapter = list(adapters(model).values())[-1]
     read = before.h if insertion == "serial" else before.x
     down = read @ adapter.down.weight.T + adapter.down.bias
@@ -133,7 +103,7 @@ def test_heads_are_changed_ahead_of_the_output_projection(model):
     output = anatomy.projection(model, 1, "output")
     read = {}
     output.register_forward_hook(lambda m, args, out: read.update(heads=args[0]))
-    anatomy.logits(moved(model), TOKENS)
+    anatomy.logits(moved(model, 0.3), TOKENS)
     adapter = list(adapters(model).values())[-1]
     first = "query_key_value" if hasattr(model, "transformer") else "query"
     queries = anatomy.projection(model, 1, first)(before.x)[..., :32]
@@ -197,7 +167,7 @@ def test_several_go_together_also_with_lora_in_bfloat16():
     heads_(model, 4)
     whole, cache = model(TOKENS), model.new_cache(16)
     assert torch.equal(whole, before) and whole.dtype == torch.bfloat16
-    whole = moved(model)(TOKENS)
+    whole = moved(model, 0.3)(TOKENS)
     parts = torch.cat([model(TOKENS[:, :4], cache), model(TOKENS[:, 4:], cache)], 1)
     torch.testing.assert_close(parts, whole, atol=0.3, rtol=0.1)
     remove_(model)

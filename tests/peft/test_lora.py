@@ -3,8 +3,9 @@ import copy
 import pytest
 import torch
 import transformers as hf
+from families_for_tests import MODELS, TOKENS, moved
 
-from lablib.models import GPT, GPTConfig, anatomy, to_hf
+from lablib.models import anatomy, to_hf
 from lablib.peft.adapter import (
     adapters,
     base_hash,
@@ -20,38 +21,6 @@ from lablib.peft.adapter import (
     unmerge_,
 )
 from lablib.peft.lora import LoRALinear, lora_
-
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-MODELS = {
-    "gpt": lambda: GPT(GPTConfig(60, 32, 2, 4, 2)),
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, num_key_value_heads=2)),
-    "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=32)
-    ),
-    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**SIZES)),
-}
-TOKENS = torch.randint(2, 60, (2, 7), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(params=MODELS)
-def model(request):
-    torch.manual_seed(0)
-    return MODELS[request.param]().eval()
-
-
-def moved(model):
-    """Every adapter's parameters, as if they had trained."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in trainable(model).values():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 def test_it_starts_as_the_base_and_only_it_trains(model):

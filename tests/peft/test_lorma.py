@@ -2,13 +2,13 @@ import copy
 
 import pytest
 import torch
-import transformers as hf
+from families_for_tests import MODELS, TOKENS, moved
 from torch.utils.flop_counter import FlopCounterMode
 
 from lablib.evidence.claims import NOT_REPRODUCED, judge
 from lablib.evidence.studies import Study, replaced
 from lablib.exercises import lorma as exercises
-from lablib.models import GPT, GPTConfig, anatomy
+from lablib.models import anatomy
 from lablib.papers import paper
 from lablib.peft import lorma as lm
 from lablib.peft.adapter import (
@@ -28,38 +28,7 @@ from lablib.peft.adapter import (
 from lablib.peft.lora import LoRALinear
 from lablib.studies import lorma as study
 
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-MODELS = {
-    "gpt": lambda: GPT(GPTConfig(60, 32, 2, 4, 2)),
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, num_key_value_heads=2)),
-    "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=32)
-    ),
-    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**SIZES)),
-}
-TOKENS = torch.randint(2, 60, (2, 7), generator=torch.Generator().manual_seed(1))
 WAYS = [(inflation, mode) for inflation in ("rotate", "add") for mode in lm.MODES]
-
-
-@pytest.fixture(params=MODELS)
-def model(request):
-    torch.manual_seed(0)
-    return MODELS[request.param]().eval()
-
-
-def moved(model):
-    """Every adapter's parameters, as if they had trained."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in trainable(model).values():
-            parameter.add_(0.06 * torch.randn_like(parameter))
-    return model
 
 
 def drawn(n=12, rank=3):
@@ -126,7 +95,7 @@ def test_orders_cost_what_torch_counts():
 def test_a_layer_multiplies_its_weight_and_not_its_bias(inflation, mode):
     base = torch.nn.Linear(10, 14)
     layer = lm.LoRMALinear(base, 2, 3.0, inflation, mode)
-    moved(layer)
+    moved(layer, 0.06)
     m = layer.multiplier()
     weight = m @ base.weight if mode == "pre" else base.weight @ m
     x = torch.randn(4, 10)
@@ -166,7 +135,7 @@ def test_the_plain_form_starts_far_and_can_start_near():
 def test_added_it_is_lora_through_the_weight():
     base = torch.nn.Linear(12, 9)
     layer, lora = lm.LoRMALinear(base, 3, 6.0, "add"), LoRALinear(base, 3, 6.0)
-    moved(layer)
+    moved(layer, 0.06)
     with torch.no_grad():
         lora.up.copy_(layer.up)
         lora.down.copy_(layer.down @ base.weight)  # A W0 in the place of A
@@ -205,7 +174,7 @@ def test_merged_is_the_same_and_unmerged_and_removed_are_exact(model, inflation,
     before = anatomy.logits(model, TOKENS)
     bits = {n: p.clone() for n, p in model.named_parameters()}
     lm.lorma_(model, rank=2, alpha=4, inflation=inflation, mode=mode)
-    changed = anatomy.logits(moved(model), TOKENS)
+    changed = anatomy.logits(moved(model, 0.06), TOKENS)
     assert (changed - before).abs().max() > 1e-3
     merge_(model)
     torch.testing.assert_close(anatomy.logits(model, TOKENS), changed, atol=1e-5, rtol=1e-5)
@@ -224,7 +193,7 @@ def test_merged_is_the_same_and_unmerged_and_removed_are_exact(model, inflation,
 def test_one_over_another_merges_and_folds(model):
     lm.lorma_(model, ["output"], rank=2)
     lm.lorma_(model, ["output", "up"], rank=3, inflation="add")
-    changed = anatomy.logits(moved(model), TOKENS)
+    changed = anatomy.logits(moved(model, 0.06), TOKENS)
     merge_(model)
     torch.testing.assert_close(anatomy.logits(model, TOKENS), changed, atol=1e-5, rtol=1e-5)
     unmerge_(model)
@@ -237,7 +206,7 @@ def test_one_over_another_merges_and_folds(model):
 def test_saved_and_loaded_is_the_same(model, tmp_path):
     plain = copy.deepcopy(model)
     lm.lorma_(model, ["output", "down"], rank=2, alpha=4, mode="post")
-    changed = anatomy.logits(moved(model), TOKENS)
+    changed = anatomy.logits(moved(model, 0.06), TOKENS)
     save_adapter(model, tmp_path / "a.safetensors")
     load_adapter(plain, tmp_path / "a.safetensors")
     assert torch.equal(anatomy.logits(plain, TOKENS), changed)
@@ -247,7 +216,7 @@ def test_saved_and_loaded_is_the_same(model, tmp_path):
 def test_bfloat16_and_a_cache_go_with_it(inflation, mode):
     model = MODELS["gpt"]().to(torch.bfloat16).eval()
     lm.lorma_(model, rank=2, inflation=inflation, mode=mode)
-    moved(model)
+    moved(model, 0.06)
     whole = model(TOKENS)
     cache = model.new_cache(16)
     parts = torch.cat([model(TOKENS[:, :4], cache), model(TOKENS[:, 4:], cache)], 1)

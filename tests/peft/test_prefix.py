@@ -3,9 +3,10 @@ import copy
 import pytest
 import torch
 import transformers as hf
+from families_for_tests import MODELS, SIZES, TOKENS
 from torch.nn import functional as F
 
-from lablib.models import GPT, GPTConfig, anatomy
+from lablib.models import anatomy
 from lablib.peft.adapter import (
     adapters,
     disabled,
@@ -21,33 +22,11 @@ from lablib.peft.bottleneck import houlsby_
 from lablib.peft.lora import lora_
 from lablib.peft.prefix import drop_mlp_, prefix_, prompt_
 
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-MODELS = {
-    "gpt": lambda: GPT(GPTConfig(60, 32, 2, 4, 2)),
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, num_key_value_heads=2)),
-    "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=32)
-    ),
-    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**SIZES)),
-}
-TOKENS = torch.randint(2, 60, (2, 7), generator=torch.Generator().manual_seed(1))
 VERBS = {
     "prefix": lambda model: prefix_(model, 3, std=0.5),
     "mlp": lambda model: prefix_(model, 3, mlp=5),
     "prompt": lambda model: prompt_(model, 3),
 }
-
-
-@pytest.fixture(params=MODELS)
-def model(request):
-    torch.manual_seed(0)
-    return MODELS[request.param]().eval()
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from families_for_tests import MODELS as FAMILIES
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from lablib.evidence.claims import judge
 from lablib.evidence.studies import Study
 from lablib.exercises import rigochat as exercises
-from lablib.models import GPT, GPTConfig, anatomy
+from lablib.models import anatomy
 from lablib.papers import paper
 from lablib.peft import rigochat as rc
 from lablib.peft.adapter import disabled, merge_, n_trainable, trainable
@@ -19,16 +20,7 @@ from lablib.peft.lora import lora_
 from lablib.studies import rigochat as study
 
 RECORDED = Path(__file__).with_name("rigochat_trl.safetensors")
-SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-MODELS = {
-    "gpt": lambda: GPT(GPTConfig(60, 32, 2, 4, 2)),
-    "llama": lambda: hf.LlamaForCausalLM(
-        hf.LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2)
-    ),
-    "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=32)
-    ),
-}
+MODELS = {name: FAMILIES[name] for name in ("gpt", "llama", "gpt2")}
 
 
 class Letters:

@@ -3,8 +3,10 @@ import copy
 import pytest
 import torch
 import transformers as hf
+from families_for_tests import MODELS as FAMILIES
+from families_for_tests import SIZES, TOKENS, moved
 
-from lablib.models import GPT, GPTConfig, anatomy
+from lablib.models import anatomy
 from lablib.peft.adapter import (
     adapters,
     disabled,
@@ -18,23 +20,8 @@ from lablib.peft.adapter import (
 from lablib.peft.lora import lora_
 from lablib.peft.subset import attention_, biases_, last_blocks_, norms_, only_
 
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 60}
-MODELS = {
-    "gpt": lambda: GPT(GPTConfig(60, 32, 2, 4, 2)),
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, num_key_value_heads=2)),
-    "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=32)
-    ),
-    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**SIZES)),
-    "t5": lambda: hf.T5EncoderModel(hf.T5Config(**T5)),
-}
+MODELS = FAMILIES | {"t5": lambda: hf.T5EncoderModel(hf.T5Config(**T5))}
 WAYS = {
     "norms": norms_,
     "biases": biases_,
@@ -42,7 +29,6 @@ WAYS = {
     "last_blocks": last_blocks_,
     "only": lambda model: only_(model, ["*.0.*"]),
 }
-TOKENS = torch.randint(2, 60, (2, 7), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(params=MODELS)
@@ -57,14 +43,6 @@ def outputs(model):
 
 def _first(output):
     return output if torch.is_tensor(output) else output[0]
-
-
-def moved(model):
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in {id(p): p for p in trainable(model).values()}.values():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.mark.parametrize("way", WAYS)

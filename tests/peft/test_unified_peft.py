@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 import transformers as hf
+from families_for_tests import SIZES, TOKENS
 from torch.nn import functional as F
 
 from lablib.evidence.claims import REPRODUCED, judge
@@ -20,18 +21,10 @@ from lablib.peft.lora import LoRALinear
 from lablib.peft.prefix import Prefix, prefix_
 from lablib.studies import unified_peft as study
 
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
 MODELS = {
     "gpt": lambda: GPT(GPTConfig(60, 32, 2, 4, 2, ffn_dim=48)),
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)),
 }
-TOKENS = torch.randint(2, 60, (2, 7), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(params=MODELS)
