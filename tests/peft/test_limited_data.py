@@ -1,0 +1,283 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from families_for_tests import MODELS, SIZES, STILL
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from lablib.exercises import limited_data as exercises
+from lablib.models.classifier import Classifier, Encoded, cached_below, predicted
+from lablib.peft import limited_data as guide
+from lablib.peft.adapter import adapters
+from lablib.peft.tuning import task_loss
+
+
+def classifier():
+    torch.manual_seed(0)
+    sizes = SIZES | STILL | {"intermediate_size": 24, "initializer_range": 0.3}
+    return Classifier(hf.BertModel(hf.BertConfig(**sizes)).eval(), 2, below=1)
+
+
+def texts(made, n=24, seed=0):
+    """Texts of two labels, told apart by which half of the vocabulary they use."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 2
+    tokens = torch.randint(1, 30, (n, 7), generator=draw) + 29 * labels[:, None]
+    mask = torch.ones(n, 7, dtype=torch.bool)
+    mask[::3, 5:] = False
+    return guide.Few(cached_below(made.model, Encoded(tokens, mask), 1), labels)
+
+
+def right(made, few):
+    return (predicted(made, few.encoded).argmax(1) == few.labels).float().mean().item()
+
+
+def test_pair_loss_in_closed_form():
+    torch.manual_seed(1)
+    first, second = (torch.randn(9, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    same = torch.randint(2, (9,)).double()
+    loss = guide.pair_loss(first, second, same)
+    loss.backward()
+    a, b = (x.detach() / x.detach().norm(dim=1, keepdim=True) for x in (first, second))
+    cosine = (a * b).sum(1)
+    assert loss.item() == pytest.approx(((cosine - same) ** 2).mean().item())
+    slope = 2 * (cosine - same)[:, None] / 9 * (b - cosine[:, None] * a)
+    torch.testing.assert_close(first.grad, slope / first.detach().norm(dim=1, keepdim=True))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 3), min_size=3, max_size=12), st.integers(0, 99))
+def test_pairs_are_of_two_texts_and_half_of_them_equal(labels, seed):
+    known = set(labels)
+    if len(known) < 2 or len(known) == len(labels):
+        with pytest.raises(ValueError, match="pairs need"):
+            guide.pairs(torch.tensor(labels), 10, seed)
+        return
+    rows = guide.pairs(torch.tensor(labels), 10, seed).tolist()
+    assert sum(same for *_, same in rows) == 5
+    assert all(i != j and (labels[i] == labels[j]) == same for i, j, same in rows)
+
+
+def test_the_adversary_beats_every_step_of_its_length():
+    """To first order, by Cauchy and Schwarz; and in truth where the step is small."""
+    made = classifier()
+    few = texts(made)
+
+    def each(inputs):
+        logits = made(Encoded(inputs, few.encoded.mask))
+        return F.cross_entropy(logits, few.labels, reduction="none")
+
+    at = few.encoded.inputs.clone().requires_grad_()
+    before = each(at)
+    (slope,) = torch.autograd.grad(before.sum(), at)
+    step = guide.adversary(slope, 0.05)
+    torch.testing.assert_close(step.flatten(1).norm(dim=1), torch.full((24,), 0.05))
+    with torch.no_grad():
+        worst = each(at + step)
+        assert (worst > before).all()
+        for seed in range(5):
+            torch.manual_seed(seed)
+            other = guide.adversary(torch.randn_like(at) * few.encoded.mask[..., None], 0.05)
+            assert (each(at + other) < worst).all()
+
+
+def test_a_text_without_a_slope_stays():
+    assert guide.adversary(torch.zeros(2, 3, 4), 1.0).abs().max() == 0
+
+
+@pytest.mark.parametrize("name", ["standard", "efficient", "contrastive", "adversarial"])
+def test_each_strategy_learns_and_leaves_the_lower_blocks(name):
+    made = classifier()
+    before = {n: p.clone() for n, p in made.model.named_parameters()}
+    few, new = texts(made), texts(made, seed=1)
+    getattr(guide, name)(made, few, guide.Training(40, 3e-2 if name == "efficient" else 3e-3))
+    assert right(made, new) > 0.8
+    now = dict(made.model.named_parameters())
+    moved = {n for n in before if n in now and not torch.equal(before[n], now[n])}
+    assert all(n.startswith("encoder.layer.1") for n in moved)
+    assert bool(moved) == (name != "efficient")
+    assert len(adapters(made.model)) == (6 if name == "efficient" else 0)
+
+
+def test_the_linear_head_is_at_its_minimum():
+    """The slope of the penalized loss is zero there; the blocks stay."""
+    made = classifier()
+    few = texts(made)
+    before = predicted(made, few.encoded)
+    guide.linear_head(made, few, strength=0.5)
+    assert not torch.equal(before, predicted(made, few.encoded))
+    pooled = guide.embedded(made, few.encoded).double()
+    weight = made.head.weight.detach().double().requires_grad_()
+    fit = F.cross_entropy(pooled @ weight.T + made.head.bias.double(), few.labels, reduction="sum")
+    (slope,) = torch.autograd.grad(fit + weight.square().sum(), weight)
+    assert slope.abs().max() < 1e-3
+
+
+def test_only_the_confident_are_believed():
+    logits = torch.tensor([[4.0, 0.0], [0.1, 0.0], [0.0, 5.0], [0.0, 2.0]])
+    places, labels = guide.confident(logits, 0.9)
+    assert places.tolist() == [0, 2] and labels.tolist() == [0, 1]
+
+
+def test_pseudo_labels_are_those_of_the_first_round():
+    made, twin, training = classifier(), classifier(), guide.Training(20, 3e-3)
+    few, other = texts(made, n=8), texts(made, n=40, seed=1)
+    places, labels = guide.pseudo_labelled(made, few, other.encoded, training, 0.8)
+    guide.standard(twin, few, training)
+    expected = guide.confident(predicted(twin, other.encoded), 0.8)
+    assert torch.equal(places, expected[0]) and torch.equal(labels, expected[1])
+    assert 0 < len(places) < 40
+    both = few.and_(guide.Few(other.encoded.at(places), labels))
+    guide.standard(twin, both, training)
+    torch.testing.assert_close(predicted(made, few.encoded), predicted(twin, few.encoded))
+    none, _ = guide.pseudo_labelled(made, few, other.encoded, guide.Training(1, 1e-6), 1.0)
+    assert len(none) == 0
+
+
+def test_the_uncertain_have_the_largest_entropy():
+    logits = torch.tensor([[9.0, 0.0], [0.1, 0.0], [0.0, 1.0], [0.0, 0.2]])
+    assert guide.uncertain(logits, 2).tolist() == [1, 3]
+    made = classifier()
+    pool = texts(made, n=40)
+    chosen = guide.draw_uncertain(made, pool, range(6), 20)
+    assert len(set(chosen)) == len(chosen) == 20 and chosen[:6] == list(range(6))
+
+
+def test_k_center_takes_the_farthest():
+    points = torch.tensor([[0.0], [1.0], [10.0], [4.0]])
+    assert guide.k_center(points, 3) == [0, 2, 3]
+    assert guide.k_center(points, 2, chosen=[2]) == [0, 3]
+
+
+def test_both_together_are_padded_to_the_longer():
+    made = classifier()
+    long, short = texts(made, n=4), texts(made, n=6, seed=1)
+    short = guide.Few(Encoded(*(t[:, :5] for t in short.encoded)), short.labels)
+    both = long.and_(short)
+    assert both.encoded.inputs.shape == (10, 7, 32) and both.encoded.mask[4:, 5:].sum() == 0
+    alone = torch.cat([predicted(made, part.encoded) for part in (long, short)])
+    torch.testing.assert_close(predicted(made, both.encoded), alone, atol=1e-5, rtol=1e-5)
+
+
+def test_names_alone_choose_the_nearest():
+    names = torch.eye(3)
+    nearest = guide.by_names(torch.tensor([[5.0, 1.0, 0.0], [0.0, 0.1, 0.3]]), names)
+    assert nearest.argmax(1).tolist() == [0, 2] and nearest.max() <= 1
+
+
+def test_in_context_is_reading_everything_anew():
+    """The cache spares the labelled texts, and no text sees the one before it."""
+    torch.manual_seed(2)
+    model = MODELS["gpt"]().eval()
+
+    def tokenizer(text):
+        return {"input_ids": [ord(letter) % 60 for letter in text]}
+
+    words, texts = ("no", "yes"), ["a long text:", "b:", "and c:"]
+    for before in ("", "good: yes. bad: no. "):
+        ours = guide.in_context(model, tokenizer, before, texts, words)
+        for text, row in zip(texts, ours, strict=True):
+            whole = torch.tensor([tokenizer(before + text)["input_ids"]])
+            ends = [ord(word[-1]) % 60 for word in words]
+            with torch.no_grad():
+                torch.testing.assert_close(row, model(whole)[0, -1, ends], atol=1e-4, rtol=1e-4)
+
+
+def test_words_are_deleted_and_swapped_and_none_is_invented():
+    text, draw = "one two three four five six seven", random.Random(0)
+    assert set(guide.deleted(text, 0.5, draw).split()) < set(text.split())
+    assert guide.deleted(text, 1.0, draw) == "one"
+    changed = guide.swapped(text, 2, draw)
+    assert sorted(changed.split()) == sorted(text.split()) and changed != text
+    assert guide.swapped("one", 3, draw) == "one"
+
+
+def test_the_map_opens_with_what_one_has():
+    assert guide.advised(0) == ["label names alone"]
+    few, more = guide.advised(16), guide.advised(16, unlabelled=True, language=True)
+    assert set(few) < set(more) and "pseudo-labels" in more
+    assert guide.advised(16, trains=False) == ["label names alone", "linear head"]
+    assert "full fine-tuning" in guide.advised(1000) and "linear head" not in guide.advised(1000)
+
+
+def test_crossing_on_a_logarithmic_axis():
+    assert guide.crossing([4, 16], [-1, 1]) == pytest.approx(8)
+    assert guide.crossing([2, 4, 8], [3, 1, -1]) == pytest.approx(2**2.5)
+    assert guide.crossing([2, 4], [-1, 0]) == pytest.approx(4)
+    assert np.isnan(guide.crossing([2, 4, 8], [1, 2, 3]))
+
+
+def test_adversarial_training_takes_the_mean_of_both_losses():
+    """With epsilon near zero it is plain fine-tuning."""
+    plain, other = classifier(), classifier()
+    few = texts(plain)
+    guide.standard(plain, few, guide.Training(3, 1e-3))
+    guide.adversarial(other, few, guide.Training(3, 1e-3), epsilon=1e-9)
+    logits = [task_loss(predicted(made, few.encoded), few.labels).item() for made in (plain, other)]
+    assert logits[0] == pytest.approx(logits[1], abs=1e-4)
+
+
+# Exercises.
+
+
+def with_itself(labels, n, draw):
+    rows = []
+    for number in range(n):
+        i = draw.randrange(len(labels))
+        same = number % 2 == 0
+        others = [j for j in range(len(labels)) if (labels[i] == labels[j]) == same]
+        rows.append((i, draw.choice(others) if not same else i, int(same)))
+    return rows
+
+
+def as_they_come(labels, n, draw):
+    rows = [draw.sample(range(len(labels)), 2) for _ in range(n)]
+    return [(i, j, int(labels[i] == labels[j])) for i, j in rows[:-1]] + [(0, 0, 1)]
+
+
+def always_the_same(labels, n, draw):
+    return exercises.sample_pairs.reference(labels, n, random.Random(0))
+
+
+def of_the_batch(gradient, epsilon):
+    return epsilon * gradient / gradient.norm()
+
+
+def each_token(gradient, epsilon):
+    return epsilon * gradient / gradient.norm(dim=2, keepdim=True)
+
+
+def downhill(gradient, epsilon):
+    return -exercises.adversary.reference(gradient, epsilon)
+
+
+def one_seed_each(counts, gaps):
+    every, *_ = exercises.crossing.reference(counts, gaps)
+    alone = [guide.crossing(counts, row) for row in gaps]
+    return every, min(alone), max(alone)
+
+
+def straight(counts, gaps):
+    every = float(np.interp(0, gaps.mean(0), counts))
+    return every, every, every
+
+
+def no_interval(counts, gaps):
+    every = guide.crossing(counts, gaps.mean(0))
+    return every, every, every
+
+
+WRONG = {
+    "sample_pairs": [with_itself, as_they_come, always_the_same],
+    "adversary": [of_the_batch, each_token, downhill],
+    "crossing": [one_seed_each, straight, no_interval],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_exercises_tell_right_from_wrong(name, tells_right_from_wrong):
+    tells_right_from_wrong(getattr(exercises, name), WRONG[name])
