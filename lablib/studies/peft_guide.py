@@ -1,0 +1,254 @@
+"""The study of the guide (2023): what methods cost, and whether their order survives tuning.
+
+`tiny-1m` learns from Django's documentation, which it was not trained on: one pass over short rows,
+with each of the methods of lab 714's table at the size that the catalogue gives it. A seed is a
+draw of rows to learn from and of others to judge on, and the start of what trains. "orders" trains
+every method twice, at one rate that is the same for all and at the best of six. "costs" counts the
+bytes of a training step on rows of a length that goes with the seed, and times inference, in this
+thread's own seconds: a method's change is written into the weights first, where that is possible.
+
+All methods were tuned alike, six rates each on another seed, by the loss on held-out rows. Where
+the best was the largest, a larger one was tried, too, and not taken: so have all as many tries. The
+common rate is a usual one for these methods on large models; it was chosen before any run.
+
+Smaller than the specification has it, for time: one model and one text, no MiniLM, dozens of steps,
+five seeds. Of the catalogue's methods those are left out that need a penalty or a schedule of their
+own, several tasks, or longer rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lablib.compression.recover import cross_entropy, language_loss, recover
+from lablib.data import load
+from lablib.evidence import Pair, grid, matching
+from lablib.models import anatomy, pretrained
+from lablib.models.scores import spearman
+from lablib.peft.adapter import n_trainable, trainable
+from lablib.peft.catalogue import Probe, put_
+from lablib.peft.peft_guide import inference_seconds, ready_to_serve, step_bytes
+
+METHODS = (
+    "serial adapter",
+    "parallel adapter",
+    "prefix",
+    "(IA)3",
+    "LoReFT",
+    "ladder side",
+    "BitFit",
+    "norms",
+    "FISH",
+    "LoRA",
+    "DoRA",
+    "VeRA",
+    "KronA",
+    "intrinsic SAID",
+    "Compacter",
+)
+RIVALS = ("(IA)3", "LoReFT", "DoRA", "KronA")  # their papers report to beat LoRA
+STEPS = 40
+BATCH = 16
+LENGTH = 32  # tokens of a row
+HELD_OUT = 128  # rows
+LETTERS = 3000  # of a document, from its beginning
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+COMMON = 1e-3  # the one rate of whoever can't try six
+LIMIT = 0.8  # a rank correlation that counts as the same order
+SLOWER = 1.02  # times the base's seconds that count as none
+POINT = 1.0  # of a hundred tokens, what counts as on a par
+PARTS = 5  # of the methods, that are tuned together
+
+
+def run(
+    kind: str,
+    seed: int,
+    method: str = "LoRA",
+    rate: float = 1e-2,
+    part: int = 0,
+    steps: int = STEPS,
+    rows: int = HELD_OUT,
+    repeats: int = 24,
+) -> dict:
+    """One training, or several.
+
+    kind: "one", one method at a rate: nll, nats a token, and accuracy, the share of next tokens
+            guessed, in %, both on held-out rows; learning, how many numbers train.
+        "rates", a part of the methods at all six rates: "NAME RATE" is the nll.
+        "orders", all methods at the common and at the tuned rate: "NAME few" and "NAME tuned" are
+            nlls; correlation, of the two orders; limit, what it is compared with; "base", "norms"
+            and "LoRA" with "right", the accuracy at the tuned rate; rivals, the mean of `RIVALS`.
+        "costs": "NAME bytes" of a step, "NAME seconds" of inference; base is the model alone.
+        "all", the last two.
+    rows: that are held out. repeats: of each time.
+    """
+    if kind == "one":
+        return trained(method, seed, rate, steps, rows)
+    if kind == "rates":
+        tried = [(name, rate) for name in METHODS[part::PARTS] for rate in RATES]
+        return {f"{n} {r:g}": trained(n, seed, r, steps, rows)["nll"] for n, r in tried}
+    found = costs(seed, repeats) if kind in ("costs", "all") else {}
+    return found | (orders(seed, steps, rows) if kind in ("orders", "all") else {})
+
+
+def trained(name: str, seed: int, rate: float, steps: int, rows: int) -> dict:
+    """What a method comes to in one pass over a seed's rows."""
+    train, held_out = rows_of(seed, BATCH * steps, rows, LENGTH)
+    model = adapted(name, seed, train)
+    ours = {id(p) for p in trainable(model).values()}
+    names = [n for n, p in model.named_parameters() if id(p) in ours]  # a shared one once
+    recover(model, train, steps, rate, batch=BATCH, trainable=names, seed=None)
+    return judged(model, held_out) | {"learning": n_trainable(model)}
+
+
+def adapted(name: str, seed: int, train: Tensor) -> nn.Module:
+    """A copy of the model with a method in it; "base" is none."""
+    model = copy.deepcopy(tiny()[0])
+    torch.manual_seed(seed)
+    if name != "base":
+        put_(model, name, Probe(train[: 4 * BATCH].split(BATCH), language_loss))
+    return model
+
+
+@torch.no_grad()
+def judged(model: nn.Module, held_out: Tensor) -> dict:
+    """nll and accuracy on held-out rows."""
+    model.eval()
+    told = torch.cat([anatomy.logits(model, part[:, :-1]) for part in held_out.split(32)])
+    right = (told.argmax(-1) == held_out[:, 1:]).float().mean().item()
+    return {"nll": cross_entropy(told, held_out).item(), "accuracy": 100 * right}
+
+
+def orders(seed: int, steps: int, rows: int) -> dict:
+    """Every method at the common rate and at its own."""
+    found, right = {}, {}
+    for name in METHODS:
+        told = {rate: trained(name, seed, rate, steps, rows) for rate in {COMMON, TUNED[name]}}
+        found |= {f"{name} few": told[COMMON]["nll"], f"{name} tuned": told[TUNED[name]]["nll"]}
+        right |= {f"{name} right": told[TUNED[name]]["accuracy"]}
+    base = judged(tiny()[0], rows_of(seed, 1, rows, LENGTH)[1])
+    few, tuned = (torch.tensor([found[f"{n} {what}"] for n in METHODS]) for what in WAYS)
+    found |= {"correlation": spearman(few, tuned), "limit": LIMIT, "base nll": base["nll"]}
+    for what in WAYS:
+        found[f"rivals {what}"] = float(np.mean([found[f"{name} {what}"] for name in RIVALS]))
+    return found | right | {"base right": base["accuracy"]}
+
+
+def costs(seed: int, repeats: int) -> dict:
+    """Bytes of a training step and seconds of inference, on rows as long as the seed says."""
+    rows = rows_of(seed, 8, 8, LENGTH + 16 * (seed % 8))[1]
+    models = {name: adapted(name, seed, rows) for name in ("base", *METHODS)}
+    found = {f"{n} bytes": step_bytes(model, rows)["total"] for n, model in models.items()}
+    served = {name: ready_to_serve(model) for name, model in models.items()}
+    times = inference_seconds(served, rows[:4, :-1], repeats, time.thread_time)
+    return found | {f"{name} seconds": value for name, value in times.items()}
+
+
+@lru_cache(maxsize=1)
+def tiny():
+    """The house's small decoder and its tokenizer."""
+    return pretrained("tiny-1m")
+
+
+@lru_cache(maxsize=2)
+def documentation(length: int) -> tuple[Tensor, Tensor]:
+    """Rows (n, length + 1) of Django's documentation; every fifth document is held out."""
+    tokenizer, documents = tiny()[1], [d.text[:LETTERS] for d in load("django-docs")]
+    parts = [[t for i, t in enumerate(documents) if (i % 5 == 0) is out] for out in (False, True)]
+    made = []
+    for texts in parts:
+        ids = torch.tensor([token for ids in tokenizer(texts)["input_ids"] for token in ids])
+        made.append(ids[: len(ids) // (length + 1) * (length + 1)].view(-1, length + 1))
+    return tuple(made)
+
+
+def rows_of(seed: int, count: int, held: int, length: int) -> tuple[Tensor, Tensor]:
+    """A seed's rows, to learn from and held out."""
+    draw = np.random.default_rng(seed)
+    train, held_out = documentation(length)
+    kept = held_out[draw.choice(len(held_out), held, replace=False)]
+    return train[draw.choice(len(train), count, replace=False)], kept
+
+
+WAYS = ("few", "tuned")
+TUNED = {
+    "serial adapter": 3e-2,
+    "parallel adapter": 3e-2,
+    "prefix": 3e-1,
+    "(IA)3": 3e-1,
+    "LoReFT": 3e-2,
+    "ladder side": 3e-2,
+    "BitFit": 1e-1,
+    "norms": 1e-1,
+    "FISH": 3e-2,
+    "LoRA": 3e-2,
+    "DoRA": 3e-2,
+    "VeRA": 3e-1,
+    "KronA": 1e-1,
+    "intrinsic SAID": 3e-2,
+    "Compacter": 1e-1,
+}
+SEEDS = range(5)
+POINTS = [
+    *grid(kind="one", seed=0, method="LoRA", rate=1e-2),
+    *grid(kind="all", seed=SEEDS),
+]
+EDGE = {"prefix": 1.0, "(IA)3": 1.0, "VeRA": 1.0}  # a rate more, where the best is the largest
+TUNING = [
+    *grid(kind="rates", seed=100, part=range(PARTS)),
+    *[{"kind": "one", "seed": 100, "method": name, "rate": rate} for name, rate in EDGE.items()],
+]
+CANARY = {"kind": "one", "seed": 200, "method": "Compacter", "rate": 1e-3, "steps": 2, "rows": 8}
+
+ROLES = {
+    "side": {"method": "ladder side bytes", "baseline": "LoRA bytes"},
+    "overhead": {"method": "serial adapter seconds", "baseline": "base seconds"},
+    "merged": {"method": "LoRA seconds", "baseline": "serial adapter seconds"},
+    "few-tries": {"method": "correlation", "baseline": "limit"},
+    "beat-lora": {"method": "rivals few", "baseline": "LoRA few"},
+    "beat-lora-tuned": {"method": "rivals tuned", "baseline": "LoRA tuned"},
+    "norms-are-strong": {"method": "norms right", "baseline": "base right"},
+}
+
+
+def values(runs: list) -> dict:
+    """What each direction is judged on: a pair a seed."""
+    every = matching(runs, kind="all")
+    found = {id: pairs_of(every, *roles.values()) for id, roles in ROLES.items()}
+    merged = pairs_of(every, ROLES["merged"]["method"], "base seconds")
+    found["merged"] = [pair._replace(baseline=SLOWER * pair.baseline) for pair in merged]
+    norms = pairs_of(every, "norms right", "LoRA right")
+    return found | {"norms-are-strong": [p._replace(method=p.method + POINT) for p in norms]}
+
+
+def losses_of(tuning: list) -> dict[str, dict[str, float]]:
+    """Method -> rate -> nll of the tuning runs, the mean over their seeds."""
+    found = {}
+    for name in METHODS:
+        keys = {f"{rate:g}": f"{name} {rate:g}" for rate in RATES}
+        mine = [run for run in tuning if keys[f"{COMMON:g}"] in run]
+        found[name] = {r: float(np.mean([run[key] for run in mine])) for r, key in keys.items()}
+    return found
+
+
+def ranked(losses: dict[str, float]) -> dict[str, int]:
+    """Place of each method, 1 for the lowest loss; in that order."""
+    return {name: place + 1 for place, name in enumerate(sorted(losses, key=losses.get))}
+
+
+def alike(first: dict[str, float], second: dict[str, float]) -> float:
+    """Rank correlation of the same methods' losses, or ranks."""
+    return spearman(
+        *(torch.tensor([one[name] for name in first]).double() for one in (first, second))
+    )
+
+
+def pairs_of(runs: list, method: str, baseline: str) -> list[Pair]:
+    """A pair a seed."""
+    return [Pair(run["seed"], run[method], run[baseline]) for run in runs]

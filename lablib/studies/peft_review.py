@@ -1,0 +1,309 @@
+"""The study of a critical review (2023): its eleven methods and full tuning, on one task.
+
+MiniLM tells kind sentences about movies from harsh ones. Its lower four blocks stay as they are and
+are computed once; every method changes the upper two, full tuning trains all of them, and a new
+layer reads their mean. A prompt stands before the states that the fifth block reads, since that is
+where all other methods begin, too. A seed is a draw of sentences to learn from, once each, and of
+others to judge on, and the start of what trains. "head" trains the new layer alone.
+
+Rates were tuned on one other seed and on other sentences, by the loss, four tries each, and one
+more where the best was at the edge of a grid. Child tuning moves the base's own weights, so it has
+full tuning's grid. Prototypes and masks of ProPELT have a rate each in their paper, one for both
+here. AdaLoRA's budget falls from 12 to 8. After trainings as short as those that rates were tuned
+on, the new layer alone was as good as full tuning, so that nothing could be compared: judged are
+longer trainings on longer sentences, at the same rates. For the same reason a method isn't called
+comparable that is no better than the new layer alone.
+
+What a training step of larger decoders would hold is counted, not trained; a seed draws the batch,
+which is the same for all sizes. "memory" counts MiniLM's own step, without training, too: the first
+account was of each seed's shortest sentences, too short to tell of anything, and was counted anew.
+
+Smaller than the specification has it, for time: one task of three, batches of eight, one seed to
+tune on, five to judge on. The three methods of "comparable" are those that did best on the tuning
+seed; the one of them that is worst on average is what is judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import pairwise
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lablib.data.tasks import load_task
+from lablib.evidence import Pair, grid, matching
+from lablib.models.classifier import Classifier, Encoded, cached_below, encode, encoder, predicted
+from lablib.models.scores import scored
+from lablib.peft import catalogue, peft_review
+from lablib.peft.adapter import trainable
+from lablib.peft.lora_variants import RankBudget, orthogonality
+from lablib.peft.measure import account
+from lablib.peft.tuning import backbone_above, task_loss, tune
+
+BELOW = 4  # MiniLM's blocks that stay as they are
+STEPS, BATCH = 100, 8
+SENTENCES = 800  # to learn from, each of them once
+JUDGED = 1000  # to judge on
+WORDS = 24  # tokens of a sentence, at most
+PROMPT = 20  # rows
+PROBES = 8  # batches that child tuning looks at
+BUDGET = 8  # AdaLoRA's mean rank at the end
+MARGIN = 1.0  # points of accuracy that count as none
+
+
+def run(
+    method: str,
+    seed: int,
+    rate: float | None = None,
+    steps: int = STEPS,
+    sentences: int = SENTENCES,
+    words: int = WORDS,
+    attempt: int | None = None,
+) -> dict:
+    """One training, or all of them on the same sentences, and what larger models would hold.
+
+    method: one of the review's eleven, "full", "head", or "all" of them; "memory" trains none, but
+        tells what each of them holds in a step on sentences of middling length. rate: None is the
+        one that the method was tuned to. sentences: to learn from. words: tokens of a sentence, at
+        most. Seeds from 100 on are judged on the task's validation sentences, others on its test
+        sentences. attempt: of "all", which of each method's rates; methods that have no such rate
+        are left out.
+    accuracy: %. nll: nats. curve: mean training loss of ten parts. learning: numbers that ask for
+        gradients, without the new layer; kept: those to store, in float32. held: megabytes of a
+        training step by account, and gradients, optimizer, saved of it; what no block reads is left
+        out. Except for "memory", that step is the first batch's, of the shortest sentences.
+        step_seconds: mean. Of "all", the same as "LoRA accuracy" and so on, and `shapes`.
+    """
+    if method == "memory":
+        return memory(seed, words, sentences)
+    if method != "all":
+        return trained(method, seed, rate, steps, sentences, words)
+    told = shapes(seed) if attempt is None else {}
+    for name in NAMES:
+        rates = [rate] if attempt is None else GRIDS[name][attempt : attempt + 1]
+        for each in rates:
+            row = trained(name, seed, each, steps, sentences, words)
+            told |= {f"{name} {key}": value for key, value in row.items()}
+    return told
+
+
+def trained(
+    method: str, seed: int, rate: float | None, steps: int, sentences: int, words: int
+) -> dict:
+    """One training."""
+    train, labels, test, truth = sentences_of(seed, sentences, words)
+    torch.manual_seed(seed)
+    classifier = Classifier(catalogue.upper(mini()[0], BELOW), 2)
+    put_(classifier, method, train, labels)
+    names = learning(classifier, method)
+    told = holding(classifier, names, train, labels) | counts(classifier, method, names)
+    rate = TUNED[method] if rate is None else rate
+    options, finish = schedule(classifier, method, steps)
+    start = perf_counter()
+    options |= {"batch": BATCH, "seed": seed, "trainable": names}
+    losses = tune(classifier, train, labels, steps, rate, **options)
+    finish()
+    told["step_seconds"] = (perf_counter() - start) / steps
+    scores = scored(predicted(classifier, test), truth)
+    told |= {"accuracy": 100 * scores["accuracy"], "nll": round(scores["nll"], 6)}
+    parts = np.array_split(losses, min(10, steps))
+    return told | {"curve": [round(float(part.mean()), 4) for part in parts]}
+
+
+def put_(classifier: Classifier, method: str, train: Encoded, labels: Tensor) -> None:
+    """Put a method into the classifier's blocks, in place."""
+    if method in ("full", "head"):
+        return
+    if method == "prompt":
+        peft_review.state_prompt_(classifier.model, PROMPT, train.inputs[train.mask])
+        return
+    places = torch.arange(min(PROBES * BATCH, len(labels))).split(BATCH)
+
+    def loss(model, where: Tensor) -> Tensor:
+        return task_loss(classifier(train.at(where)), labels[where])
+
+    classifier.eval()
+    catalogue.put_(classifier.model, method, catalogue.Probe(places, loss))
+
+
+def learning(classifier: Classifier, method: str) -> list[str]:
+    """Names of the parameters that train."""
+    if method == "full":
+        return backbone_above(classifier)
+    heads = [n for n, _ in classifier.named_parameters() if n.startswith("head.")]
+    return [*trainable(classifier), *heads]
+
+
+def holding(
+    classifier: Classifier, names: list[str], train: Encoded, labels: Tensor, batch: int = BATCH
+) -> dict:
+    """Megabytes of one training step."""
+    for name, parameter in classifier.named_parameters():
+        parameter.requires_grad_(name in names)
+    where = torch.arange(min(batch, len(labels)))
+    classifier.train()
+    row = account(classifier, lambda c: task_loss(c(train.at(where)), labels[where]))
+    unread = ("model.embeddings.", "model.pooler.")
+    idle = [p for n, p in classifier.named_parameters() if n.startswith(unread)]
+    row["held"] = row["total"] - sum(p.numel() * p.element_size() for p in idle)
+    return {k: round(row[k] / 1e6, 4) for k in ("held", "gradients", "optimizer", "saved")}
+
+
+def memory(seed: int, words: int, sentences: int) -> dict[str, float]:
+    """What a step of each method holds; the seed draws how many sentences, of middling length."""
+    train, labels, _, _ = sentences_of(seed, sentences, words)
+    batch = int(np.random.default_rng(seed).integers(4, 17))
+    middle = torch.arange(len(labels))[(len(labels) - batch) // 2 :][:batch]
+    told = {"batch": batch}
+    for name in NAMES:
+        torch.manual_seed(seed)
+        classifier = Classifier(catalogue.upper(mini()[0], BELOW), 2)
+        put_(classifier, name, train, labels)
+        names = learning(classifier, name)
+        row = holding(classifier, names, train.at(middle), labels[middle], batch)
+        told |= {f"{name} {key}": value for key, value in row.items()}
+    return told
+
+
+def counts(classifier: Classifier, method: str, names: list[str]) -> dict[str, float]:
+    """Numbers that ask for gradients and numbers to keep, both without the new layer."""
+    if method in ("full", "head"):
+        wanted = set(names)
+        n = sum(p.numel() for m, p in classifier.named_parameters() if m in wanted)
+        n -= sum(p.numel() for p in classifier.head.parameters())
+        return {"learning": n, "kept": n}
+    row = peft_review.counted(classifier.model)
+    return {"learning": row["asks"], "kept": row["kept_bits"] / 32}
+
+
+def schedule(classifier: Classifier, method: str, steps: int) -> tuple[dict, Callable[[], None]]:
+    """What a method does beside descending: options of `tune`, and what to do at its end."""
+    if method != "AdaLoRA":
+        return {}, lambda: None
+    budget = RankBudget(classifier.model, BUDGET, steps, warmup=steps // 10, final=steps // 3)
+
+    def penalty(step: int) -> Tensor:
+        budget.step()  # gradients are there, the update is to come
+        return 0.1 * orthogonality(classifier.model)
+
+    return {"penalty": penalty}, budget.step
+
+
+@lru_cache(maxsize=1)
+def mini():
+    """MiniLM and its tokenizer."""
+    return encoder()
+
+
+@lru_cache(maxsize=1)
+def sentences_of(seed: int, count: int, words: int) -> tuple[Encoded, Tensor, Encoded, Tensor]:
+    """A seed's sentences to learn from and to judge on, as MiniLM's lower blocks leave them."""
+    model, tokenizer = mini()
+    train, validation, test = load_task("movies")
+    draw, made = np.random.default_rng(seed), []
+    judged = min(JUDGED, 4 * count)
+    for examples, n in ((train, count), (validation if seed >= 100 else test, judged)):
+        chosen = [examples[i] for i in draw.choice(len(examples), n, replace=False)]
+        chosen.sort(key=lambda example: len(example.text))  # sentences of a length together
+        encoded = encode(tokenizer, [example.text for example in chosen], length=words)
+        labels = torch.tensor([example.label for example in chosen])
+        made += [cached_below(model, encoded, BELOW), labels]
+    return tuple(made)
+
+
+def shapes(seed: int) -> dict[str, float]:
+    """Gigabytes of a training step of three sizes, for a batch that the seed draws."""
+    draw = np.random.default_rng(seed)
+    batch, length = int(draw.integers(1, 9)), int(draw.integers(32, 257))
+    told = {"batch": batch, "length": length}
+    for size, config in peft_review.SIZES.items():
+        ways = peft_review.WAYS if size == LARGE else ("full", "LoRA")
+        held = {w: peft_review.training(config, w, batch, length)["total"] / 1e9 for w in ways}
+        told |= {f"{size} {way}": round(gb, 6) for way, gb in held.items()}
+        told[f"{size} saved"] = 1 - held["LoRA"] / held["full"]
+    return told
+
+
+ADDED = (1e-3, 5e-3, 2e-2, 1e-1)
+OWN = (1e-4, 3e-4, 1e-3, 3e-3)
+NAMES = ("full", *peft_review.ELEVEN, "head")
+GRIDS = dict.fromkeys(NAMES, ADDED) | {"full": OWN, "child tuning": (*OWN, 1e-2)}
+TUNED = {
+    "full": 1e-3,
+    "serial adapter": 5e-3,
+    "prompt": 2e-2,
+    "prefix": 2e-2,
+    "(IA)3": 2e-2,
+    "BitFit": 5e-3,
+    "child tuning": 3e-3,
+    "LoRA": 5e-3,
+    "AdaLoRA": 2e-2,
+    "MAM": 5e-3,
+    "ProPELT adapter": 5e-3,
+    "ProPELT LoRA": 5e-3,
+    "head": 2e-2,
+}
+THREE = ("LoRA", "ProPELT adapter", "(IA)3")  # of the lowest loss on the tuning seed
+LARGE = "Llama-2-7B"
+
+SEEDS = range(5)
+LONGER = {"steps": 140, "sentences": 1120, "words": 28}
+POINTS = [{"method": "LoRA", "seed": 0, **LONGER}]
+POINTS += [{"method": "all", "seed": seed, **LONGER} for seed in SEEDS]
+POINTS += grid(method="memory", seed=SEEDS, sentences=64, words=LONGER["words"])
+TUNING = grid(method="all", seed=100, attempt=range(max(map(len, GRIDS.values()))))
+CANARY = {"method": "LoRA", "seed": 200, "rate": 1e-3, "steps": 2, "sentences": 16}
+
+ROLES = {  # "comparable": whoever leaves the base as it is is not
+    "comparable": {"method": f"{THREE[0]} accuracy", "baseline": "head accuracy"},
+    "prompt-last": {"method": "LoRA accuracy", "baseline": "prompt accuracy"},
+    "memory": {"method": "child tuning held", "baseline": "full held"},
+    "memory-scale": {"method": f"{LARGE} saved", "baseline": "tiny-1m saved"},
+    "qlora": {"method": f"{LARGE} QLoRA", "baseline": f"{LARGE} LoRA"},
+}
+
+
+def values(runs: list) -> dict:
+    """A pair a seed for each claim."""
+    every = matching(runs, method="all")
+    found = {id: [pair_of(run, *roles.values()) for run in every] for id, roles in ROLES.items()}
+    found["comparable"] = worst_of_three(every)
+    found["memory"] = [hungriest(run) for run in matching(runs, method="memory")]
+    found["memory-scale"] = [smaller_step(run) for run in every]
+    return found
+
+
+def pair_of(run: dict, method: str, baseline: str) -> Pair:
+    """Two results of a seed."""
+    return Pair(run["seed"], run[method], run[baseline])
+
+
+def worst_of_three(runs: list) -> list[Pair]:
+    """Of the three methods the worst on average; full tuning less the margin, or who does nothing.
+
+    The rival is the one of these two that is better on average, so that being as good as a new
+    layer alone is not enough.
+    """
+    found = {n: np.array([run[f"{n} accuracy"] for run in runs]) for n in (*THREE, "full", "head")}
+    worst = min((found[name] for name in THREE), key=np.mean)
+    rival = max((found["full"] - MARGIN, found["head"]), key=np.mean)
+    return [
+        Pair(run["seed"], float(a), float(b)) for run, a, b in zip(runs, worst, rival, strict=True)
+    ]
+
+
+def hungriest(run: dict) -> Pair:
+    """What the one of the eleven that holds most holds, and full tuning."""
+    most = max(run[f"{name} held"] for name in peft_review.ELEVEN)
+    return Pair(run["seed"], most, run["full held"])
+
+
+def smaller_step(run: dict) -> Pair:
+    """LoRA's saved share at two neighboring sizes, where it grows least."""
+    shares = [run[f"{size} saved"] for size in peft_review.SIZES]
+    small, large = min(pairwise(shares), key=lambda pair: pair[1] - pair[0])
+    return Pair(run["seed"], large, small)
