@@ -258,8 +258,8 @@ POINTS += grid(method="memory", seed=SEEDS, sentences=64, words=LONGER["words"])
 TUNING = grid(method="all", seed=100, attempt=range(max(map(len, GRIDS.values()))))
 CANARY = {"method": "LoRA", "seed": 200, "rate": 1e-3, "steps": 2, "sentences": 16}
 
-ROLES = {  # "comparable": whoever leaves the base as it is is not
-    "comparable": {"method": f"{THREE[0]} accuracy", "baseline": "head accuracy"},
+ROLES = {
+    "comparable": {"method": "(IA)3 accuracy", "baseline": "full accuracy"},
     "prompt-last": {"method": "LoRA accuracy", "baseline": "prompt accuracy"},
     "memory": {"method": "child tuning held", "baseline": "full held"},
     "memory-scale": {"method": f"{LARGE} saved", "baseline": "tiny-1m saved"},
