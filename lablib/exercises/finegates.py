@@ -93,7 +93,7 @@ def _test_share_removed(candidate) -> None:
     half = torch.tensor([0.3, 0.0])
     why = "half of the rows and half of the columns leave a quarter"
     expect(candidate([half], [half]), 0.75, why, atol=1e-4)
-    for _ in range(2):
+    for _ in range(4):
         sizes = torch.randint(3, 12, (3, 2)).tolist()
         drawn = [[torch.randn(n).clamp(0, 1) for n in pair] for pair in sizes]
         drawn[0][0][0], drawn[0][1][0] = 0.37, 0.0
