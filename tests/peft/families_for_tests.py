@@ -1,10 +1,18 @@
-"""A tiny model of each family that a method is tested on."""
+"""A tiny model of each family that a method is tested on, and what holds of every method."""
 
 import torch
 import transformers as hf
 
-from lablib.models import GPT, GPTConfig
-from lablib.peft.adapter import trainable
+from lablib.models import GPT, GPTConfig, anatomy
+from lablib.peft.adapter import (
+    disabled,
+    freeze_base_,
+    load_adapter,
+    merge_,
+    save_adapter,
+    trainable,
+    unmerge_,
+)
 
 SIZES = {
     "vocab_size": 60,
@@ -32,3 +40,36 @@ def moved(model, by=0.1):
         for parameter in {id(p): p for p in trainable(model).values()}.values():
             parameter.add_(by * torch.randn_like(parameter))
     return model
+
+
+def learns_alone(model):
+    """What the methods brought asks for gradients, and nothing else."""
+    freeze_base_(model)
+    asking = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert asking and asking == set(trainable(model))
+
+
+def merges(model, before, changed):
+    """Merged, the logits stay; disabled then, and unmerged, they are the old ones to the bit."""
+    merge_(model)
+    torch.testing.assert_close(anatomy.logits(model, TOKENS), changed, atol=1e-5, rtol=1e-5)
+    with disabled(model):
+        assert torch.equal(anatomy.logits(model, TOKENS), before)
+    unmerge_(model)
+    assert torch.equal(anatomy.logits(model, TOKENS), changed)
+
+
+def loads_again(model, plain, changed, folder):
+    """What is saved of the model makes the same of a plain one."""
+    save_adapter(model, folder / "a.safetensors")
+    load_adapter(plain, folder / "a.safetensors")
+    assert torch.equal(anatomy.logits(plain, TOKENS), changed)
+
+
+def same_under_a_cache(model, atol=0.1):
+    """A `GPT` in bfloat16 reads a text in two pieces as it does at once; what it gives."""
+    whole, cache = model(TOKENS), model.new_cache(16)
+    parts = torch.cat([model(TOKENS[:, :4], cache), model(TOKENS[:, 4:], cache)], 1)
+    assert whole.dtype == torch.bfloat16
+    torch.testing.assert_close(parts, whole, atol=atol, rtol=0.1)
+    return whole

@@ -2,20 +2,16 @@ import copy
 
 import pytest
 import torch
-from families_for_tests import MODELS, TOKENS, moved
+from families_for_tests import MODELS, TOKENS, learns_alone, loads_again, moved
 from torch import nn
 
 from lablib.models import anatomy, sublayers
 from lablib.peft.adapter import (
     adapters,
     disabled,
-    freeze_base_,
-    load_adapter,
     merge_,
     n_trainable,
     remove_,
-    save_adapter,
-    trainable,
 )
 from lablib.peft.bottleneck import (
     Bottleneck,
@@ -43,17 +39,13 @@ def test_it_starts_as_the_base_and_leaves_nothing(model, verb, tmp_path):
     before = anatomy.logits(model, TOKENS)
     VERBS[verb](model)
     torch.testing.assert_close(anatomy.logits(model, TOKENS), before)
-    freeze_base_(model)
-    asking = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert asking == set(trainable(model)) and asking
+    learns_alone(model)
     changed = anatomy.logits(moved(model, 0.3), TOKENS)
     assert (changed - before).abs().max() > 1e-3
     with disabled(model):
         assert torch.equal(anatomy.logits(model, TOKENS), before)
     assert torch.equal(anatomy.logits(copy.deepcopy(model), TOKENS), changed)
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(plain, tmp_path / "a.safetensors")
-    assert torch.equal(anatomy.logits(plain, TOKENS), changed)
+    loads_again(model, plain, changed, tmp_path)
     with pytest.raises(ValueError, match="can't be merged"):
         merge_(model)
     remove_(model)

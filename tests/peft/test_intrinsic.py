@@ -3,7 +3,7 @@ import copy
 import pytest
 import scipy.linalg
 import torch
-from families_for_tests import MODELS, TOKENS, moved
+from families_for_tests import MODELS, TOKENS, loads_again, merges, moved, same_under_a_cache
 
 from lablib.models import anatomy
 from lablib.peft.adapter import (
@@ -11,14 +11,12 @@ from lablib.peft.adapter import (
     disabled,
     fold_,
     freeze_base_,
-    load_adapter,
     matrix,
     merge_,
     n_trainable,
     remove_,
     save_adapter,
     trainable,
-    unmerge_,
 )
 from lablib.peft.intrinsic import PROJECTIONS, Dense, Fastfood, intrinsic_
 from lablib.peft.lora import lora_
@@ -78,15 +76,8 @@ def test_verbs(model, projection, said, tmp_path):
     with disabled(model):
         assert torch.equal(anatomy.logits(model, TOKENS), before)
     assert torch.equal(anatomy.logits(copy.deepcopy(model), TOKENS), changed)
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(plain, tmp_path / "a.safetensors")
-    assert torch.equal(anatomy.logits(plain, TOKENS), changed)
-    merge_(model)
-    torch.testing.assert_close(anatomy.logits(model, TOKENS), changed, atol=1e-5, rtol=1e-5)
-    with disabled(model):
-        assert torch.equal(anatomy.logits(model, TOKENS), before)
-    unmerge_(model)
-    assert torch.equal(anatomy.logits(model, TOKENS), changed)
+    loads_again(model, plain, changed, tmp_path)
+    merges(model, before, changed)
     merge_(model)
     remove_(model)
     assert not adapters(model)
@@ -165,9 +156,7 @@ def test_two_groups_and_lora_go_together(model, tmp_path):
     intrinsic_(model, 20, ["output", "up"])
     intrinsic_(model, 30, ["up"], projection="dense", seed=5)
     changed = anatomy.logits(moved(model), TOKENS)
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(plain, tmp_path / "a.safetensors")
-    assert torch.equal(anatomy.logits(plain, TOKENS), changed)
+    loads_again(model, plain, changed, tmp_path)
     fold_(model)
     torch.testing.assert_close(anatomy.logits(model, TOKENS), changed, atol=1e-5, rtol=1e-5)
 
@@ -176,10 +165,7 @@ def test_bfloat16_and_a_cache_go_with_it():
     torch.manual_seed(0)
     model = MODELS["gpt"]().to(torch.bfloat16).eval()
     intrinsic_(model, 40, said=True)
-    whole, cache = moved(model)(TOKENS), model.new_cache(16)
-    parts = torch.cat([model(TOKENS[:, :4], cache), model(TOKENS[:, 4:], cache)], 1)
-    assert whole.dtype == torch.bfloat16
-    torch.testing.assert_close(parts, whole, atol=0.1, rtol=0.1)
+    same_under_a_cache(moved(model))
 
 
 def test_what_can_not_be_is_said():

@@ -2,10 +2,10 @@ import copy
 
 import pytest
 import torch
-from families_for_tests import MODELS, TOKENS, moved
+from families_for_tests import MODELS, TOKENS, loads_again, moved
 
 from lablib.models import anatomy
-from lablib.peft.adapter import adapters, disabled, load_adapter, n_trainable, remove_, save_adapter
+from lablib.peft.adapter import adapters, disabled, n_trainable, remove_
 from lablib.peft.adapter_drop import without_lowest
 from lablib.peft.bottleneck import houlsby_
 from lablib.peft.fusion import Fusion
@@ -30,9 +30,7 @@ def test_it_starts_as_the_base_and_goes_without_a_trace(model, tmp_path):
     assert (changed - before).abs().max() > 1e-3
     with disabled(model):
         assert torch.equal(anatomy.logits(model, TOKENS), before)
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(plain, tmp_path / "a.safetensors")
-    assert torch.equal(anatomy.logits(plain, TOKENS), changed)
+    loads_again(model, plain, changed, tmp_path)
     remove_(model)
     assert not adapters(model) and not anatomy.embedding(model)._forward_hooks
     assert not anatomy.head(model)._forward_pre_hooks

@@ -2,18 +2,16 @@ import copy
 
 import pytest
 import torch
-from families_for_tests import MODELS, TOKENS, moved
+from families_for_tests import MODELS, TOKENS, loads_again, moved, same_under_a_cache
 
 from lablib.models import anatomy, sublayers
 from lablib.peft.adapter import (
     adapters,
     disabled,
     freeze_base_,
-    load_adapter,
     merge_,
     n_trainable,
     remove_,
-    save_adapter,
     unmerge_,
 )
 from lablib.peft.kronecker import (
@@ -68,9 +66,7 @@ def test_saved_and_loaded_is_the_same(model, put, tmp_path):
     plain = copy.deepcopy(model)
     put(model)
     changed = anatomy.logits(moved(model), TOKENS)
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(plain, tmp_path / "a.safetensors")
-    assert torch.equal(anatomy.logits(plain, TOKENS), changed)
+    loads_again(model, plain, changed, tmp_path)
 
 
 def test_krona_starts_as_the_base_and_merges(model):
@@ -140,6 +136,4 @@ def test_bfloat16_and_a_cache_go_with_it(put):
     model = MODELS["gpt"]().eval()
     put(model)
     moved(model.to(torch.bfloat16))
-    whole, cache = model(TOKENS), model.new_cache(16)
-    parts = torch.cat([model(TOKENS[:, :4], cache), model(TOKENS[:, 4:], cache)], 1)
-    torch.testing.assert_close(parts, whole, atol=0.1, rtol=0.1)
+    same_under_a_cache(model)

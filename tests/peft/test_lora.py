@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
-from families_for_tests import MODELS, TOKENS, moved
+from families_for_tests import MODELS, TOKENS, merges, moved, same_under_a_cache
 
 from lablib.models import anatomy, to_hf
 from lablib.peft.adapter import (
@@ -40,12 +40,7 @@ def test_merged_is_the_same_and_unmerged_and_removed_are_exact(model):
     lora_(model, rank=2, alpha=8)
     changed = anatomy.logits(moved(model), TOKENS)
     assert (changed - before).abs().max() > 1e-3
-    merge_(model)
-    torch.testing.assert_close(anatomy.logits(model, TOKENS), changed, atol=1e-5, rtol=1e-5)
-    with disabled(model):
-        assert torch.equal(anatomy.logits(model, TOKENS), before)
-    unmerge_(model)
-    assert torch.equal(anatomy.logits(model, TOKENS), changed)
+    merges(model, before, changed)
     merge_(model)
     remove_(model)
     assert not adapters(model)
@@ -151,11 +146,7 @@ def test_bfloat16_and_a_cache_go_with_it():
     model = MODELS["gpt"]().to(torch.bfloat16).eval()
     lora_(model, rank=2)
     moved(model)
-    whole = model(TOKENS)
-    cache = model.new_cache(16)
-    parts = torch.cat([model(TOKENS[:, :4], cache), model(TOKENS[:, 4:], cache)], 1)
-    assert whole.dtype == torch.bfloat16
-    torch.testing.assert_close(parts, whole, atol=0.1, rtol=0.1)
+    same_under_a_cache(model)
 
 
 def test_dropout_is_of_the_change_alone_and_only_in_training():

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from families_for_tests import MODELS, TOKENS, moved
+from families_for_tests import MODELS, TOKENS, loads_again, merges, moved, same_under_a_cache
 from torch.utils.flop_counter import FlopCounterMode
 
 from lablib.evidence.claims import NOT_REPRODUCED, judge
@@ -16,12 +16,10 @@ from lablib.peft.adapter import (
     disabled,
     fold_,
     freeze_base_,
-    load_adapter,
     matrix,
     merge_,
     n_trainable,
     remove_,
-    save_adapter,
     trainable,
     unmerge_,
 )
@@ -176,12 +174,7 @@ def test_merged_is_the_same_and_unmerged_and_removed_are_exact(model, inflation,
     lm.lorma_(model, rank=2, alpha=4, inflation=inflation, mode=mode)
     changed = anatomy.logits(moved(model, 0.06), TOKENS)
     assert (changed - before).abs().max() > 1e-3
-    merge_(model)
-    torch.testing.assert_close(anatomy.logits(model, TOKENS), changed, atol=1e-5, rtol=1e-5)
-    with disabled(model):
-        assert torch.equal(anatomy.logits(model, TOKENS), before)
-    unmerge_(model)
-    assert torch.equal(anatomy.logits(model, TOKENS), changed)
+    merges(model, before, changed)
     with disabled(model):
         assert torch.equal(anatomy.logits(model, TOKENS), before)
     merge_(model)
@@ -207,9 +200,7 @@ def test_saved_and_loaded_is_the_same(model, tmp_path):
     plain = copy.deepcopy(model)
     lm.lorma_(model, ["output", "down"], rank=2, alpha=4, mode="post")
     changed = anatomy.logits(moved(model, 0.06), TOKENS)
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(plain, tmp_path / "a.safetensors")
-    assert torch.equal(anatomy.logits(plain, TOKENS), changed)
+    loads_again(model, plain, changed, tmp_path)
 
 
 @pytest.mark.parametrize(("inflation", "mode"), WAYS)
@@ -217,11 +208,7 @@ def test_bfloat16_and_a_cache_go_with_it(inflation, mode):
     model = MODELS["gpt"]().to(torch.bfloat16).eval()
     lm.lorma_(model, rank=2, inflation=inflation, mode=mode)
     moved(model, 0.06)
-    whole = model(TOKENS)
-    cache = model.new_cache(16)
-    parts = torch.cat([model(TOKENS[:, :4], cache), model(TOKENS[:, 4:], cache)], 1)
-    assert whole.dtype == torch.bfloat16
-    torch.testing.assert_close(parts, whole, atol=0.1, rtol=0.1)
+    same_under_a_cache(model)
 
 
 def test_correlations_keep_bfloat16():

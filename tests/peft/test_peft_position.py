@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from families_for_tests import TOKENS, moved
+from families_for_tests import TOKENS, loads_again, moved
 
 from lablib.compression.recover import language_loss, recover
 from lablib.models import GPT, GPTConfig, anatomy
@@ -10,7 +10,6 @@ from lablib.peft import peft_position as pp
 from lablib.peft.adapter import (
     adapters,
     freeze_base_,
-    load_adapter,
     matrix,
     merge_,
     n_trainable,
@@ -72,9 +71,7 @@ def test_ranks_by_block_start_as_the_base_merge_and_come_back(model, tmp_path):
     assert all(f"{anatomy.family(model).blocks}.1." in name for name in adapters(model))
     assert {a.factor for a in adapters(model).values()} == {2.0}
     changed = anatomy.logits(moved(model), TOKENS)
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(plain, tmp_path / "a.safetensors")
-    assert torch.equal(anatomy.logits(plain, TOKENS), changed)
+    loads_again(model, plain, changed, tmp_path)
     merge_(model)
     torch.testing.assert_close(anatomy.logits(model, TOKENS), changed, atol=1e-5, rtol=1e-5)
     remove_(model)

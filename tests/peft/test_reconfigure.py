@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from families_for_tests import MODELS, TOKENS, moved
+from families_for_tests import MODELS, TOKENS, learns_alone, loads_again, moved, same_under_a_cache
 from torch.nn import functional as F
 
 from lablib.models import anatomy
@@ -11,13 +11,10 @@ from lablib.peft.adapter import (
     disabled,
     fold_,
     freeze_base_,
-    load_adapter,
     matrix,
     merge_,
     n_trainable,
     remove_,
-    save_adapter,
-    trainable,
     unmerge_,
 )
 from lablib.peft.lora import lora_
@@ -42,16 +39,12 @@ def test_it_starts_as_the_base_and_leaves_nothing(model, tmp_path):
     bits = {n: p.clone() for n, p in model.named_parameters()}
     put(model)
     assert torch.equal(anatomy.logits(model, TOKENS), before)
-    freeze_base_(model)
-    asking = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert asking == set(trainable(model)) and asking
+    learns_alone(model)
     changed = anatomy.logits(moved(model), TOKENS)
     assert (changed - before).abs().max() > 1e-3
     with disabled(model):
         assert torch.equal(anatomy.logits(model, TOKENS), before)
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(plain, tmp_path / "a.safetensors")
-    assert torch.equal(anatomy.logits(plain, TOKENS), changed)
+    loads_again(model, plain, changed, tmp_path)
     remove_(model)
     assert not adapters(model)
     assert all(torch.equal(p, bits[n]) for n, p in model.named_parameters())
@@ -193,10 +186,7 @@ def test_bfloat16_and_a_cache_go_with_it():
     torch.manual_seed(0)
     model = MODELS["gpt"]().to(torch.bfloat16).eval()
     put(model)
-    whole, cache = moved(model)(TOKENS), model.new_cache(16)
-    parts = torch.cat([model(TOKENS[:, :4], cache), model(TOKENS[:, 4:], cache)], 1)
-    assert whole.dtype == torch.bfloat16
-    torch.testing.assert_close(parts, whole, atol=0.1, rtol=0.1)
+    same_under_a_cache(moved(model))
 
 
 def test_what_can_not_be_is_said():

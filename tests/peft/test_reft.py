@@ -2,18 +2,16 @@ import copy
 
 import pytest
 import torch
-from families_for_tests import MODELS, TOKENS, moved
+from families_for_tests import MODELS, TOKENS, loads_again, moved
 
 from lablib.models import anatomy
 from lablib.peft.adapter import (
     adapters,
     disabled,
     freeze_base_,
-    load_adapter,
     merge_,
     n_trainable,
     remove_,
-    save_adapter,
     trainable,
 )
 from lablib.peft.lora import lora_
@@ -35,9 +33,7 @@ def test_it_can_start_as_the_base_and_leaves_nothing(model, everywhere, direct, 
     with disabled(model):
         assert torch.equal(anatomy.logits(model, TOKENS), before)
     assert torch.equal(anatomy.logits(copy.deepcopy(model), TOKENS), changed)
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(plain, tmp_path / "a.safetensors")
-    assert torch.equal(anatomy.logits(plain, TOKENS), changed)
+    loads_again(model, plain, changed, tmp_path)
     with pytest.raises(ValueError, match="can't be merged"):
         merge_(model)
     remove_(model)

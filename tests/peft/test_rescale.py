@@ -2,19 +2,15 @@ import copy
 
 import pytest
 import torch
-from families_for_tests import MODELS, TOKENS, moved
+from families_for_tests import MODELS, TOKENS, loads_again, merges, moved, same_under_a_cache
 
 from lablib.models import anatomy
 from lablib.peft.adapter import (
     adapters,
-    disabled,
     freeze_base_,
-    load_adapter,
     merge_,
     n_trainable,
     remove_,
-    save_adapter,
-    unmerge_,
 )
 from lablib.peft.rescale import Rescaled, ia3_
 
@@ -26,12 +22,7 @@ def test_it_starts_as_the_base_merges_and_goes_without_a_trace(model):
     assert torch.equal(anatomy.logits(model, TOKENS), before)
     changed = anatomy.logits(moved(model, 1.0), TOKENS)
     assert (changed - before).abs().max() > 1e-3
-    merge_(model)
-    torch.testing.assert_close(anatomy.logits(model, TOKENS), changed, atol=1e-5, rtol=1e-5)
-    with disabled(model):
-        assert torch.equal(anatomy.logits(model, TOKENS), before)
-    unmerge_(model)
-    assert torch.equal(anatomy.logits(model, TOKENS), changed)
+    merges(model, before, changed)
     merge_(model)
     remove_(model)
     assert not adapters(model)
@@ -42,9 +33,7 @@ def test_saved_and_loaded_is_the_same(model, tmp_path):
     plain = copy.deepcopy(model)
     ia3_(model)
     changed = anatomy.logits(moved(model, 1.0), TOKENS)
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(plain, tmp_path / "a.safetensors")
-    assert torch.equal(anatomy.logits(plain, TOKENS), changed)
+    loads_again(model, plain, changed, tmp_path)
 
 
 def test_a_bias_is_scaled_too_and_merges():
@@ -118,10 +107,7 @@ def test_bfloat16_and_a_cache_go_with_it():
     model = MODELS["gpt"]().to(torch.bfloat16).eval()
     ia3_(model)
     moved(model)
-    whole, cache = model(TOKENS), model.new_cache(16)
-    parts = torch.cat([model(TOKENS[:, :4], cache), model(TOKENS[:, 4:], cache)], 1)
-    assert whole.dtype == torch.bfloat16
-    torch.testing.assert_close(parts, whole, atol=0.1, rtol=0.1)
+    same_under_a_cache(model)
 
 
 def test_another_side_is_refused():

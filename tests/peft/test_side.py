@@ -6,19 +6,17 @@ import math
 import pytest
 import torch
 import transformers as hf
-from families_for_tests import MODELS, SIZES, TOKENS, moved
+from families_for_tests import MODELS, SIZES, TOKENS, learns_alone, loads_again, moved
 
 from lablib.models import GPT, GPTConfig, anatomy
 from lablib.peft.adapter import (
     adapters,
     disabled,
     freeze_base_,
-    load_adapter,
     matrix,
     merge_,
     n_trainable,
     remove_,
-    save_adapter,
     trainable,
 )
 from lablib.peft.lora import lora_
@@ -31,17 +29,13 @@ def test_it_trains_saves_and_leaves_nothing(model, added, tmp_path):
     plain = copy.deepcopy(model)
     before = anatomy.logits(model, TOKENS)
     side_(model, 2, added=added)
-    freeze_base_(model)
-    asking = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert asking == set(trainable(model)) and asking
+    learns_alone(model)
     changed = anatomy.logits(moved(model), TOKENS)
     assert (changed - before).abs().max() > 1e-3
     with disabled(model):
         assert torch.equal(anatomy.logits(model, TOKENS), before)
     assert torch.equal(anatomy.logits(copy.deepcopy(model), TOKENS), changed)
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(plain, tmp_path / "a.safetensors")
-    assert torch.equal(anatomy.logits(plain, TOKENS), changed)
+    loads_again(model, plain, changed, tmp_path)
     with pytest.raises(ValueError, match="can't be merged"):
         merge_(model)
     remove_(model)

@@ -3,7 +3,15 @@ import copy
 import pytest
 import torch
 import transformers as hf
-from families_for_tests import MODELS, TOKENS, moved
+from families_for_tests import (
+    MODELS,
+    TOKENS,
+    learns_alone,
+    loads_again,
+    merges,
+    moved,
+    same_under_a_cache,
+)
 from torch.nn import functional as F
 
 from lablib.models import anatomy, to_hf
@@ -88,9 +96,7 @@ def test_verbs_of_all_methods(model, verb, tmp_path):
     bits = {n: p.clone() for n, p in model.named_parameters()}
     VERBS[verb](model)
     assert torch.equal(anatomy.logits(model, TOKENS), before) is (verb != "masked")
-    freeze_base_(model)
-    asking = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert asking == set(trainable(model)) and asking
+    learns_alone(model)
     assert n_trainable(model) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     changed = anatomy.logits(moved(model), TOKENS)
     assert (changed - before).abs().max() > 1e-3
@@ -111,12 +117,7 @@ def test_merged_is_the_same_and_unmerged_is_exact(model, verb):
     before = anatomy.logits(model, TOKENS)
     VERBS[verb](model)
     changed = anatomy.logits(moved(model), TOKENS)
-    merge_(model)
-    torch.testing.assert_close(anatomy.logits(model, TOKENS), changed, atol=1e-5, rtol=1e-5)
-    with disabled(model):
-        assert torch.equal(anatomy.logits(model, TOKENS), before)
-    unmerge_(model)
-    assert torch.equal(anatomy.logits(model, TOKENS), changed)
+    merges(model, before, changed)
     fold_(model)
     assert not adapters(model)
     torch.testing.assert_close(anatomy.logits(model, TOKENS), changed, atol=1e-5, rtol=1e-5)
@@ -327,9 +328,7 @@ def test_the_largest_differences_stay_and_train_on(model, tmp_path):
     rest = max((deltas[n] * (k == 0)).abs().max() for n, k in kept.items())
     assert min(k[k != 0].abs().min() for k in kept.values()) >= rest
     changed = anatomy.logits(model, TOKENS)
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(plain, tmp_path / "a.safetensors")
-    assert torch.equal(anatomy.logits(plain, TOKENS), changed)
+    loads_again(model, plain, changed, tmp_path)
     with pytest.raises(ValueError, match="no other adapter"):
         diff_fixed_(model, 0.05)
 
@@ -428,10 +427,7 @@ def test_bfloat16_and_a_cache_go_with_it(verb):
     torch.manual_seed(0)
     model = MODELS["gpt"]().to(torch.bfloat16).eval()
     VERBS[verb](model)
-    whole, cache = moved(model, 0.02)(TOKENS), model.new_cache(16)
-    parts = torch.cat([model(TOKENS[:, :4], cache), model(TOKENS[:, 4:], cache)], 1)
-    assert whole.dtype == torch.bfloat16
-    torch.testing.assert_close(parts, whole, atol=0.1, rtol=0.1)
+    same_under_a_cache(moved(model, 0.02))
     model.train()(TOKENS).float().square().mean().backward()
     assert all(p.grad.isfinite().all() for p in trainable(model).values())
 

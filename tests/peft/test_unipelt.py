@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 import transformers as hf
-from families_for_tests import MODELS, SIZES, TOKENS, moved
+from families_for_tests import MODELS, SIZES, TOKENS, learns_alone, loads_again, moved
 from torch import nn
 
 from lablib.models import anatomy
@@ -12,12 +12,9 @@ from lablib.peft.adapter import (
     adapters,
     disabled,
     fold_,
-    freeze_base_,
-    load_adapter,
     merge_,
     n_trainable,
     remove_,
-    save_adapter,
     trainable,
 )
 from lablib.peft.bottleneck import Bottleneck
@@ -31,16 +28,12 @@ def test_it_is_no_base_at_the_start_and_leaves_nothing(model, tmp_path):
     before = anatomy.logits(model, TOKENS)
     unipelt_(model, 2, 3, 4)
     assert (anatomy.logits(model, TOKENS) - before).abs().max() > 1e-3
-    freeze_base_(model)
-    asking = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert asking == set(trainable(model)) and asking
+    learns_alone(model)
     changed = anatomy.logits(moved(model, 0.3), TOKENS)
     with disabled(model):
         assert torch.equal(anatomy.logits(model, TOKENS), before)
     assert torch.equal(anatomy.logits(copy.deepcopy(model), TOKENS), changed)
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(plain, tmp_path / "a.safetensors")
-    assert torch.equal(anatomy.logits(plain, TOKENS), changed)
+    loads_again(model, plain, changed, tmp_path)
     for verb in (merge_, fold_):
         with pytest.raises(ValueError, match="can't be merged"):
             verb(model)
