@@ -7,6 +7,7 @@ import math
 import pkgutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import lablib.exercises
-from lablib.exercises import named
+from lablib.exercises import expect, named
 from lablib.lab.grading import outcome
 
 
@@ -166,10 +167,20 @@ def stub(*given):
     raise NotImplementedError
 
 
+def passes(exercise, answer):
+    """Whether an answer passes, and not by the luck of one draw of random inputs.
+
+    One random result in a few hundred lies within tolerance of itself rounded. A test that is
+    too lax lets the same mutant through again.
+    """
+    if outcome(exercise, answer)[0] != "correct":
+        return False
+    return sum(outcome(exercise, answer)[0] == "correct" for _ in range(20)) > 1
+
+
 def survivors(exercise):
     """Names of the mutants that pass."""
-    answers = mutants(exercise).items()
-    return [name for name, answer in answers if outcome(exercise, answer)[0] == "correct"]
+    return [name for name, answer in mutants(exercise).items() if passes(exercise, answer)]
 
 
 @pytest.mark.parametrize("name", EXERCISES)
@@ -187,6 +198,22 @@ def test_an_exercise_has_a_question_a_hint_and_readable_names(name):
     assert exercise.question.endswith("?") and exercise.hint and exercise.minutes > 0
     assert not exercise.reference.__name__.startswith("<")
     assert inspect.getsource(exercise.reference)
+
+
+def test_a_mutant_that_gets_lucky_once_does_not_survive_and_one_that_often_passes_does():
+    def passing(*results):
+        draws = iter(results)
+
+        def test(answer):
+            expect(answer(next(draws)), 1)
+
+        exercise = replace(EXERCISES["dress.leak"], reference=abs, test=test)
+        return passes(exercise, abs)
+
+    assert not passing(0)
+    assert not passing(1, *[0] * 20)
+    assert not passing(1, 1, *[0] * 19)
+    assert passing(1, *[0, 1] * 10)
 
 
 def test_the_mutants_are_wrong():
