@@ -1,0 +1,1 @@
+"""Embeddings of texts: labs 1001 to 1008."""
