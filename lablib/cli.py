@@ -72,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     coverage = command("coverage", _coverage, "write the tables of what was measured")
     coverage.add_argument("--check", action="store_true", help="change nothing; 1 if wrong")
     command("doctor", _doctor, "what this machine can run, and how to mend the rest")
-    bench = command("bench", _bench, "time kernels, labs or training")
-    bench.add_argument("what", nargs="?", choices=("kernels", "labs", "training"))
+    bench = command("bench", _bench, "time kernels, training, encoding or labs")
+    bench.add_argument("what", nargs="?", choices=("kernels", "training", "encoding", "labs"))
     bench.add_argument("--tier", choices=tiers.TIERS, help="of the labs")
     command("setup", _setup, "fetch the corpora and prepare the pretrained models")
     return parser
@@ -184,7 +184,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> None:
     from lablib.bench import BENCHMARKS
 
-    for what in [options.what] if options.what else ["kernels", "training", "labs"]:
+    for what in [options.what] if options.what else BENCHMARKS:
         print(f"== {what}")
         BENCHMARKS[what](options.tier)
 

@@ -19,6 +19,13 @@ def time_training(tier: str | None = None) -> None:
     bench_lora()
 
 
+def time_encoding(tier: str | None = None) -> None:
+    """Time vectors of texts against sentence-transformers."""
+    from lablib.bench.encoding import bench_encoding
+
+    bench_encoding()
+
+
 def time_labs(tier: str | None = None) -> None:
     """Run every lab at a tier (smoke unless told) and hold it against the tier's budget."""
     from lablib.evidence.verify import budget_line, run
@@ -31,4 +38,9 @@ def time_labs(tier: str | None = None) -> None:
         print(budget_line(path.stem, tier, seen["seconds"], seen["peak_gb"]), flush=True)
 
 
-BENCHMARKS = {"kernels": time_kernels, "training": time_training, "labs": time_labs}
+BENCHMARKS = {
+    "kernels": time_kernels,
+    "training": time_training,
+    "encoding": time_encoding,
+    "labs": time_labs,
+}
