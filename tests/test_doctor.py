@@ -34,7 +34,7 @@ def small(tmp_path, monkeypatch):
         (folder / "model.safetensors").write_bytes(weights)
 
     model = replace(PACKAGED["minilm-l6-v2"], convert=convert)
-    monkeypatch.setattr("lablib.models.weights.fetch", lambda *_: None)
+    monkeypatch.setattr("lablib.models.weights.fetch", lambda *_, **__: None)
     monkeypatch.setitem(CORPORA, "bible", corpus)
     monkeypatch.setitem(PACKAGED, "minilm-l6-v2", model)
     monkeypatch.setattr(prepare, "CORPORA", {"bible": corpus})

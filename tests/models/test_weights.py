@@ -85,7 +85,7 @@ def test_a_spoiled_model_is_told_and_made_again(name, spoil, tmp_path, monkeypat
         (folder / "tokenizer.json").write_text('{"model": {}}')
 
     monkeypatch.setitem(PACKAGED, NAME, replace(PACKAGED[NAME], convert=convert))
-    monkeypatch.setattr("lablib.models.weights.fetch", lambda *_: None)
+    monkeypatch.setattr("lablib.models.weights.fetch", lambda *_, **__: None)
     folder = pretrained_path(NAME)
     assert is_ready(NAME)
     spoil(folder / name)
