@@ -8,13 +8,14 @@ JOBS ?= 2
 VERSION := import sys; print("%d.%d" % sys.version_info[:2])
 PYVER := $(shell $(PYTHON) -c '$(VERSION)')
 READY := $(VENV)/ready-$(PYVER)
+COURSE_ENV := build/course-env
 COMMA := ,
 # $(call install,EXTRAS): a few minutes the first time.
 install = set -o pipefail; echo "installing packages into $(VENV)"; \
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(1)]' \
 	| awk '/^(Collecting|Building|Installing|Successfully)/ {print "  " $$1 " " $$2; fflush()}'
 
-.PHONY: help setup test-setup lab test lint unit labs test-browser verify study coverage bench doctor checkpoints wheel clean
+.PHONY: help setup test-setup lab test lint unit labs test-browser test-course course verify study coverage bench doctor checkpoints wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,7 +47,7 @@ lint: test-setup
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
 
 unit: test-setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope -q tests -m "not browser"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope -q tests -m "not browser and not course"
 
 labs: test-setup
 	@LABLIB_TIER=smoke LABLIB_STATIC=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope -q \
@@ -54,6 +55,27 @@ labs: test-setup
 
 test-browser: test-setup ## drive JupyterLab in headless Chromium; ALL=1 through every lab; screenshots under build/
 	@$(BIN)/python -m pytest -n 2 --dist load --maxschedchunk 1 -q tests/browser -m browser
+
+# nbgrader lies in an environment of its own, on top of the one that the other tests run in.
+$(COURSE_ENV)/ready-$(PYVER): pyproject.toml constraints.txt | $(READY)
+	@$(BIN)/python -m venv --clear $(COURSE_ENV)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(COURSE_ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	@echo "installing nbgrader into $(COURSE_ENV)"
+	@$(COURSE_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[grading]'
+	@touch $@
+
+test-course: test-setup $(COURSE_ENV)/ready-$(PYVER) ## grade submissions, honest ones and cheats, with nbgrader
+	@OMP_NUM_THREADS=1 JUPYTER_PATH=$(CURDIR)/$(VENV)/share/jupyter \
+		$(COURSE_ENV)/bin/python -m pytest -q tests/course -m course
+
+$(READY)-grading: $(READY)
+	@$(call install,lab$(COMMA)grading)
+	@touch $@
+
+course: setup $(READY)-grading ## make course LABS="302 701" or THEMES=experts [COURSE=build/course]: an nbgrader course
+	@$(BIN)/python -m lablib course $(if $(LABS),--labs $(LABS)) $(if $(THEMES),--themes $(THEMES)) \
+		--to $(or $(COURSE),build/course)
 
 verify: setup ## make verify LAB=101 [TIER=cpu]: run one lab headless at its tier
 	@$(BIN)/python -m lablib verify $(or $(LAB),$(error say which: make verify LAB=101)) $(if $(TIER),--tier $(TIER))
@@ -67,7 +89,7 @@ coverage: setup ## write the tables of what was measured
 doctor: setup ## what this machine can run
 	@$(BIN)/python -m lablib doctor
 
-bench: setup ## time kernels, training and labs
+bench: setup ## time kernels, training, encoding and labs
 	@$(BIN)/python -m lablib bench
 
 checkpoints: setup ## train tiny-1m and tiny-4m again (one to two hours on two cores)

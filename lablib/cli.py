@@ -76,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("what", nargs="?", choices=("kernels", "training", "encoding", "labs"))
     bench.add_argument("--tier", choices=tiers.TIERS, help="of the labs")
     command("setup", _setup, "fetch the corpora and prepare the pretrained models")
+    course = command("course", _course, "build an nbgrader course from labs")
+    course.add_argument("--labs", nargs="+", default=[], metavar="LAB", help="numbers or slugs")
+    course.add_argument("--themes", nargs="+", default=[], choices=list(themes()), metavar="THEME")
+    course.add_argument("--to", type=Path, default=Path("build/course"), metavar="FOLDER")
     return parser
 
 
@@ -193,3 +197,10 @@ def _setup(options: argparse.Namespace) -> None:
     from lablib.prepare import prepare_all
 
     prepare_all()
+
+
+def _course(options: argparse.Namespace) -> None:
+    from lablib.course.build import build, chosen
+
+    made = build(chosen(options.labs, options.themes), options.to)
+    print("\n".join(f"released {options.to / 'release' / name}" for name in made))

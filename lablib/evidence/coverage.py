@@ -80,8 +80,8 @@ def tables() -> dict[Path, str]:
         if mine:
             folder = root / "labs" / theme_folder(about["number"], theme)
             made[folder / "README.md"] = _theme(about["title"], mine)
-    readme = root / "README.md"
-    made[readme] = between_markers(readme.read_text("utf-8"), _overview(rows))
+    for readme, table in ((root / "README.md", _overview), (root / "binder/README.md", _course)):
+        made[readme] = between_markers(readme.read_text("utf-8"), table(rows))
     return made
 
 
@@ -119,6 +119,28 @@ def _labs(rows: list[State]) -> str:
         counts = (str(row.reproduced), str(missed)) if row.result else ("not measured", "")
         lines.append(_row(lab, _title(paper), counts[0] + _stale(row), counts[1], _minutes(row)))
     return "\n".join(lines) + "\n"
+
+
+def _course(rows: list[State]) -> str:
+    """The instructor's page: what a lab asks of a student and of a machine, and its points."""
+    lines = ["| lab | minutes | memory, GB | points |", "| --- | --- | --- | --- |"]
+    start = project_dir() / "labs" / "00-start-here.ipynb"
+    lines.append(_row(f"[00](../labs/{start.name}) Start here", "", "", str(points(start))))
+    for row in rows:
+        if row.present:
+            place = f"../labs/{theme_folder(row.paper.part, row.paper.theme)}/{row.paper.lab_name}"
+            seen = row.result or {}
+            peak = f"{seen['peak_gb']:.1f}" if seen.get("peak_gb") else ""
+            lab = f"[{row.paper.lab}]({place}) {row.paper.title}"
+            worth = str(points(row.paper.paths["lab"]))
+            lines.append(_row(lab, _minutes(row) + _stale(row), peak, worth))
+    return "\n".join(lines)
+
+
+def points(notebook: Path) -> int:
+    """How many points a lab's checks are worth, as its nbgrader metadata say."""
+    cells = json.loads(notebook.read_text("utf-8"))["cells"]
+    return sum(cell["metadata"].get("nbgrader", {}).get("points", 0) for cell in cells)
 
 
 def _theme(title: str, rows: list[State]) -> str:

@@ -1,16 +1,12 @@
 """`check`: one cell below each exercise, for self-study and for graded courses alike."""
 
 import contextlib
-import contextvars
-import ctypes
 import functools
 import html
 import inspect
-import signal
+import os
 import sys
 import sysconfig
-import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,10 +17,11 @@ from IPython.display import display
 
 from lablib.evidence import tiers
 from lablib.exercises import Exercise, Wrong, differs, is_tensor, load
+from lablib.lab.limits import LIMIT, TooSlow, within
 from lablib.paths import PACKAGE
 
 COLORS = {"correct": "#009e73", "wrong": "#d55e00", "untried": "#767676"}
-LIMIT = 20.0  # seconds; nbgrader gives a cell 30
+JUDGE = "LABLIB_JUDGE"  # where a course's judge listens: the answer is compared there, not here
 
 
 def check(module: str, attempt: Callable[..., Any]) -> None:
@@ -38,8 +35,13 @@ def check(module: str, attempt: Callable[..., Any]) -> None:
     if not callable(attempt):
         raise TypeError(f"lab.check takes the function itself; {attempt!r} is what it returns")
     name = getattr(attempt, "__name__", type(attempt).__name__)
-    exercise = load(module, name)
-    result, text = outcome(exercise, attempt)
+    if address := os.environ.get(JUDGE):
+        from lablib.lab.answering import answer
+
+        result, text = answer(address, attempt)
+    else:
+        exercise = load(module, name)
+        result, text = outcome(exercise, attempt)
     if tiers.grading() and result != "correct":
         raise Wrong(text)
     more = _after(exercise, name, result) if not tiers.grading() else ""
@@ -56,18 +58,18 @@ def outcome(
     limit: seconds. The notebook's random numbers go on as if nothing had been drawn.
     """
     try:
-        with _own_random_numbers():
-            _within(limit, exercise.test, _watched(exercise.reference, attempt))
+        with own_random_numbers():
+            within(limit, exercise.test, watched(parameters(exercise.reference), attempt))
     except Wrong as error:
         return "wrong", f"Not yet: {error}"
-    except _TooSlow:
+    except TooSlow:
         return "wrong", (
             f"Not yet: your code was stopped after {limit:g} s; look for a loop that does not end"
         )
     except NotImplementedError as error:
-        return ("wrong", f"Not yet: {_blame(error)}") if error.args else _untried(exercise)
+        return ("wrong", f"Not yet: {blame(error)}") if error.args else _untried(exercise)
     except (Exception, SystemExit) as error:
-        return "wrong", f"Not yet: {_blame(error)}"
+        return "wrong", f"Not yet: {blame(error)}"
     return "correct", "Correct."
 
 
@@ -93,14 +95,22 @@ def _folded(summary: str, body: str) -> str:
     return f"<details><summary>{summary}</summary>{body}</details>"
 
 
-def _watched(reference: Callable[..., Any], attempt: Callable[..., Any]) -> Callable[..., Any]:
-    """`attempt`; it raises Wrong when it returns None or changes an argument in place."""
+def parameters(function: Callable[..., Any]) -> list[str]:
+    """The names of a function's parameters, in order."""
+    return list(inspect.signature(function).parameters)
+
+
+def watched(names: list[str], attempt: Callable[..., Any]) -> Callable[..., Any]:
+    """`attempt`; it raises Wrong when it returns None or changes an argument in place.
+
+    names: of the parameters, for what is said.
+    """
 
     @functools.wraps(attempt)
     def call(*arguments: Any, **options: Any) -> Any:
         before = _snapshot(arguments)
         returned = attempt(*arguments, **options)
-        for at, name in enumerate(list(inspect.signature(reference).parameters)[: len(before)]):
+        for at, name in enumerate(names[: len(before)]):
             if differs(arguments[at], before[at]):
                 raise Wrong(f"`{name}` was changed in place; its owner needs it: change a copy")
         if returned is None:
@@ -121,7 +131,7 @@ def _snapshot(value: Any) -> Any:
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
-def _blame(error: BaseException) -> str:
+def blame(error: BaseException) -> str:
     """What went wrong in the reader's own code: its line, not lablib's and not a library's."""
     text = f"{type(error).__name__}: {error}".strip(": ").splitlines()[0][:200]
     frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_readers(f.filename)]
@@ -138,7 +148,7 @@ def _is_readers(filename: str) -> bool:
 
 
 @contextlib.contextmanager
-def _own_random_numbers() -> Iterator[None]:
+def own_random_numbers() -> Iterator[None]:
     """Fresh random numbers inside; torch's generator is put back at the end."""
     torch = sys.modules.get("torch")
     if torch is None:
@@ -150,59 +160,3 @@ def _own_random_numbers() -> Iterator[None]:
         yield
     finally:
         torch.random.set_rng_state(state)
-
-
-class _TooSlow(BaseException):
-    """No Exception, so that `except Exception` in a loop does not swallow it."""
-
-
-def _within(limit: float, function: Callable[..., Any], *arguments: Any) -> None:
-    """Call a function; raises _TooSlow when it takes more than `limit` seconds.
-
-    On the main thread a signal stops it, elsewhere it is left behind on a thread of its own. A
-    single call into C that never returns holds up the former.
-    """
-    main = threading.current_thread() is threading.main_thread()
-    if not (main and hasattr(signal, "setitimer")):
-        return _on_a_thread(limit, function, *arguments)
-    with _alarm(limit):
-        function(*arguments)
-
-
-@contextlib.contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    def ring(number: int, frame: Any) -> None:
-        raise _TooSlow
-
-    start, handler = time.monotonic(), signal.signal(signal.SIGALRM, ring)
-    # It rings each second from then on: a bare `except` may swallow the first.
-    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
-        if left:
-            left = max(left - (time.monotonic() - start), 1e-3)
-            signal.setitimer(signal.ITIMER_REAL, left, interval)
-
-
-def _on_a_thread(limit: float, function: Callable[..., Any], *arguments: Any) -> None:
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            function(*arguments)
-        except BaseException as error:
-            errors.append(error)
-
-    context = contextvars.copy_context()
-    thread = threading.Thread(target=context.run, args=(work,), daemon=True)
-    thread.start()
-    thread.join(limit)
-    if thread.is_alive():
-        stop = ctypes.c_ulong(thread.ident), ctypes.py_object(_TooSlow)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(*stop)
-        raise _TooSlow
-    if errors:
-        raise errors[0]

@@ -1,0 +1,1 @@
+"""An nbgrader course of chosen labs: built, graded by a judge that submissions can't reach."""

@@ -1,0 +1,237 @@
+"""The study of sentence representations (2020): how well a vector recovers a sentence.
+
+SmolLM2 is judged on the headline, with one short sentence of each genre a seed, and on where the
+vector enters; our own small model, which costs a thirtieth, on shuffled and random words and on how
+much a code of few numbers can say. That model is trained on the same kinds of text, but not on the
+documents that sentences are drawn from. A seed draws sentences and the vectors that searches start
+from.
+
+"wait" is the measure of effort: the steps that a token waits, on average, until the model's first
+choice is right there; what is never right has waited all steps. "steps" does the same for whole
+sentences.
+
+Rates were tuned by the wait on one other seed, with as many tries for each condition, and one more
+where the best was at the edge of a grid. SmolLM2's first token is unlike all others: whatever reads
+it keeps a huge number there, which no z can move, so while that token alone stood before a
+sentence, its first word never came right. A line break stands between them now, and z comes in
+behind the first token; with z on it, too, half of the searches were stuck for good. A search may
+be stuck still, and is not begun again: one seed lost most of its sentences that way. Some of them
+are found with z in the embeddings.
+
+Smaller than the specification has it, for time: one or two sentences a genre and seed, shorter
+ones, a tenth of the steps, no learned map, and codes of 64 numbers alone. On four layers it makes
+no difference where z enters; on thirty, every layer is ahead in each seed, but by so different
+margins that five seeds don't settle it.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache, lru_cache
+
+import numpy as np
+import torch
+
+from lablib import data
+from lablib.embeddings import sentence_representations as sr
+from lablib.evidence import Pair, grid
+from lablib.models import pretrained
+
+SMOLLM2 = "smollm2-135m-instruct"
+STARTS = {SMOLLM2: (0, 198)}  # end of text, and a line break
+GENRES = ("Bible", "Shakespeare", "documentation", "source")
+DOCUMENTS = {  # none that tiny-1m and tiny-4m were trained on
+    "Bible": ("bible", ("Jonah", "Micah", "Esther", "1 John", "1 Timothy")),
+    "Shakespeare": ("shakespeare", ("richard_ii", "timon_of_athens")),
+    "documentation": ("django-docs", ("faq/general", "topics/db/models", "topics/forms/index")),
+    "source": ("python-source", ("xml/dom/pulldom", "idlelib/redirector", "zoneinfo/_common")),
+}
+STEPS = 100
+SMALL = {"model": "tiny-4m", "where": "layers", "steps": STEPS, "length": (14, 18)}
+LARGE = {"model": SMOLLM2, "where": "layers", "steps": 80, "length": (7, 10), "each": 1}
+CODED = SMALL | {"genres": ("Bible", "documentation")}
+LENGTHS, NUMBERS = (8, 16, 24), (16, 64, 256)
+CONDITIONS = {
+    "embedding": SMALL | {"where": "embedding"},
+    "layers": SMALL,
+    "head": SMALL | {"where": "head"},
+    "shuffled": SMALL | {"kind": "shuffled"},
+    "random": SMALL | {"kind": "random"},
+    **{f"{n} tokens": CODED | {"dim": 64, "cut": n} for n in LENGTHS},
+    **{f"{n} numbers": CODED | {"dim": n, "cut": 8} for n in NUMBERS},
+    "SmolLM2 layers": LARGE | {"told": True},
+    "SmolLM2 embedding": LARGE | {"where": "embedding"},
+}
+
+
+def run(
+    seed: int,
+    names: str,
+    rate: float | None = None,
+    attempt: int | None = None,
+    where: str | None = None,
+    steps: int | None = None,
+    dim: int | None = None,
+    genres: tuple[str, ...] | None = None,
+    each: int | None = None,
+) -> dict:
+    """Search vectors under some conditions, each on its own sentences.
+
+    names: of CONDITIONS, with commas between. rate: None is each one's tuned rate. attempt: which
+    rate of each one's grid, instead. The others change all of these conditions; see `searched`.
+    Of each condition, "NAME wait" and the other results of `searched`.
+    """
+    given = {"where": where, "steps": steps, "dim": dim, "genres": genres, "each": each}
+    changes = {key: value for key, value in given.items() if value is not None}
+    told = {}
+    for name in names.split(","):
+        rates = GRIDS[name]
+        if attempt is not None and attempt >= len(rates):
+            continue
+        lr = rates[attempt] if attempt is not None else rate or TUNED[name]
+        row = searched(seed, lr, **CONDITIONS[name] | changes)
+        told |= {f"{name} {key}": value for key, value in row.items()}
+    return told
+
+
+def searched(
+    seed: int,
+    rate: float,
+    model: str,
+    where: str,
+    steps: int,
+    length: tuple[int, int],
+    kind: str = "real",
+    genres: tuple[str, ...] = GENRES,
+    each: int = 2,
+    dim: int | None = None,
+    cut: int | None = None,
+    told: bool = False,
+) -> dict:
+    """One search for a batch of sentences.
+
+    length: tokens of a sentence, from and to. cut: only its first tokens instead, of longer ones.
+    told: give the texts, too.
+    wait, steps: see above. exact, tokens, prefix, bleu: of what greedy decoding says. found: share
+    of tokens where the model's first choice is right after right ones; before: the same at the
+    start. nats: of a token, without z. genres: exact for each. curve: found, every ten steps.
+    """
+    network, tokenizer = opened(model)
+    start = STARTS.get(model, (0,))
+    span = (cut, 4 * cut) if cut else length
+    wanted = []
+    for genre in genres:
+        wanted += sentences(genre, model, span, seed, each)
+    wanted = [tokens[:cut] for tokens in altered(wanted, kind, tokenizer, seed)]
+    options = {"start": start, "seed": seed}
+    recovery = sr.recover(network, wanted, steps, rate, dim, where, **options)
+    said = sr.decode(network, recovery.z, max(map(len, wanted)), where, start).tolist()
+    sizes = torch.tensor([len(tokens) for tokens in wanted])
+    right = recovery.hits.sum(1) / sizes.sum()  # (steps + 1,)
+    late = torch.where(recovery.solved < 0, steps, recovery.solved).float()
+    exact = [s[: len(w)] == w for s, w in zip(said, wanted)]
+    with torch.no_grad():
+        zero = torch.zeros_like(recovery.z)
+        nats, _ = sr.surprise(network, zero, *sr.padded(wanted, start), where)
+    row = {"wait": float((1 - right[:-1]).sum()), "steps": float(late.mean())}
+    row |= {"found": float(right[-1]), "before": float(right[0])} | sr.scores(said, wanted)
+    row |= {"nats": float(nats.sum() / sizes.sum())}
+    row = {key: round(value, 6) for key, value in row.items()}
+    row["genres"] = np.array(exact).reshape(len(genres), each).mean(1).tolist()
+    row["curve"] = [round(float(share), 3) for share in right[::10]]
+    if told:
+        row["wanted"] = [tokenizer.decode(tokens) for tokens in wanted]
+        row["said"] = [tokenizer.decode(s[: len(w)]) for s, w in zip(said, wanted)]
+    return row
+
+
+@lru_cache(maxsize=2)
+def opened(model: str):
+    """A frozen model and its tokenizer."""
+    network, tokenizer = pretrained(model)
+    return network.requires_grad_(False), tokenizer
+
+
+def sentences(
+    genre: str, model: str, length: tuple[int, int], seed: int, count: int
+) -> list[list[int]]:
+    """So many sentences of a genre that the seed draws, as tokens of the model."""
+    tokenizer = opened(model)[1]
+    draw = np.random.default_rng(seed)
+    chosen = []
+    for at in draw.permutation(len(texts := pieces(genre))):
+        tokens = tokenizer.encode(texts[at])
+        if length[0] <= len(tokens) <= length[1]:
+            chosen.append(tokens)
+        if len(chosen) == count:
+            return chosen
+    raise ValueError(f"{genre} has {len(chosen)} sentences of {length} tokens, not {count}")
+
+
+def altered(wanted: list[list[int]], kind: str, tokenizer, seed: int) -> list[list[int]]:
+    """The sentences as they are ("real"), their words "shuffled", or as many "random" tokens."""
+    draw = np.random.default_rng(seed)
+    if kind == "random":
+        return [draw.integers(1, len(tokenizer), len(tokens)).tolist() for tokens in wanted]
+    if kind == "shuffled":
+        words = [tokenizer.decode(tokens).split(" ") for tokens in wanted]
+        return [tokenizer.encode(" ".join(draw.permutation(text))) for text in words]
+    return wanted
+
+
+@cache
+def pieces(genre: str) -> tuple[str, ...]:
+    """Clauses of verses, lines of verse, sentences of documentation or lines of code, each once."""
+    corpus, names = DOCUMENTS[genre]
+    texts = [document.text for document in data.load(corpus) if document.name in names]
+    found: list[str] = []
+    for text in texts:
+        if genre == "documentation":
+            flat = [re.sub(r"\s+", " ", part) for part in re.split(r"\n\s*\n", text)]
+            found += [s for part in flat for s in re.findall(r"[A-Z][a-z][^.:*`]+\.(?= |$)", part)]
+        else:
+            found += [line.strip() for line in text.splitlines()]
+    if genre == "Bible":
+        found = [part.strip() for verse in found for part in re.findall(r"[^:;.]+[:;.]", verse)]
+    if genre == "Shakespeare":
+        found = [line for line in found if re.match(r"[A-Z][a-z]", line) and line[-1] in ".,;!?"]
+    if genre == "source":
+        found = [line for line in found if re.search(r"[=(]", line) and not line.startswith("#")]
+    return tuple(dict.fromkeys(found))
+
+
+NARROW, HIGH = (0.01, 0.02, 0.04, 0.08), (0.03, 0.1, 0.3, 1.0)
+GRIDS = dict.fromkeys(CONDITIONS, NARROW) | {"head": HIGH}
+GRIDS |= dict.fromkeys(("8 tokens", "24 tokens"), (*NARROW, 0.005))
+TUNED = dict.fromkeys(CONDITIONS, 0.02) | {"head": 0.3, "8 tokens": 0.04, "24 tokens": 0.01}
+TUNED |= {"SmolLM2 layers": 0.04, "SmolLM2 embedding": 0.04}
+EXPENSIVE = ",".join(name for name in CONDITIONS if name.startswith("SmolLM2"))
+CHEAP = ",".join(name for name in CONDITIONS if not name.startswith("SmolLM2"))
+JUDGED = "embedding,layers,head,shuffled,random,8 tokens,16 tokens,24 tokens,256 numbers"
+
+SEEDS = range(5)
+POINTS = grid(seed=0, names="layers") + grid(seed=SEEDS, names=EXPENSIVE)
+POINTS += grid(seed=SEEDS, names=JUDGED)
+TUNING = grid(seed=100, names=EXPENSIVE, attempt=range(4), steps=30)
+TUNING += grid(seed=100, names=CHEAP, attempt=range(4), steps=60, each=1)
+TUNING += grid(seed=100, names="8 tokens,24 tokens", attempt=4, steps=60, each=1)
+CANARY = {"seed": 200, "names": "layers,shuffled,16 numbers", "rate": 0.01, "steps": 2}
+CANARY |= {"genres": ("Bible",), "each": 1}
+
+ROLES = {
+    "layers": {"method": "SmolLM2 layers wait", "baseline": "SmolLM2 embedding wait"},
+    "language": {"method": "layers wait", "baseline": "shuffled wait"},
+    "layers-small": {"method": "layers wait", "baseline": "embedding wait"},
+    "words": {"method": "shuffled wait", "baseline": "random wait"},
+    "length": {"method": "24 tokens found", "baseline": "8 tokens found"},
+}
+
+
+def values(runs: list) -> dict:
+    """A pair a seed for each direction claim, and each seed's share for the headline."""
+    by_id = {}
+    for id, roles in ROLES.items():
+        made = [run for run in runs if {*roles.values()} <= run.keys()]
+        by_id[id] = [Pair(run["seed"], *(run[role] for role in roles.values())) for run in made]
+    strong = [run["SmolLM2 layers exact"] for run in runs if "SmolLM2 layers exact" in run]
+    return by_id | {"recovered": strong}

@@ -1,0 +1,163 @@
+"""The study of ULLME (2024): what writing adds to representing, at equal steps and equal time.
+
+A query looks for its passage among others: a heading of Django's documentation for its section.
+tiny-1m is trained on (query, passage, hard negative); the hard negative is what BM25 ranks first
+among the other passages of a pool. A seed draws what is learned, from some documents, and what is
+judged on, from others. An embedding reads both ways; the writer is causal.
+
+Tuned on one other seed, whose held-out documents are others still: the rate of contrast alone, and
+rate and weight of the three losses together, with as many tries. One weight serves both losses of
+the writer. At weight 1 all three were far behind contrast alone at every rate; at a tenth or less
+three settings came out alike, and the one inside the grid was taken. Consistency alone goes with
+contrast's own rate and weight 1, so that nothing else differs.
+
+Contrast at the rate of all three losses was added after the judging runs had been looked at: one
+tuning seed had told its best rates apart by less than seeds differ, and on the judging seeds this
+one proved better. So it is the baseline of the leading claim, which is harder for the method; the
+comparison as it was planned stands beside it.
+
+Smaller than the specification has it, for time: tiny-1m in the place of tiny-4m, fewer steps,
+shorter texts. Plain imitation in the place of preference is built and was not run.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from lablib.embeddings import collections, evaluate, lexical, ullme
+from lablib.embeddings.encode import Encoder
+from lablib.evidence import grid, paired
+from lablib.models import pretrained
+
+STEPS, BATCH = 40, 16
+POOL = 600  # passages that a hard negative is looked for in
+HELD_OUT = 200  # queries, and passages, to judge on
+ASKED, CANDIDATES = 40, 8  # queries whose two rankings are compared, and passages of each
+LENGTH = 48  # tokens of a text, at most
+WEIGHTS = {"cl": (0.0, 0.0), "dpo": (1.0, 0.0), "kl": (0.0, 1.0), "grl": (1.0, 1.0)}
+WEIGHTS["cl, other rate"] = (0.0, 0.0)  # that of all three losses
+
+
+def run(
+    objective: str,
+    seed: int,
+    rate: float,
+    weight: float = 1.0,
+    steps: int = STEPS,
+    pooling: str = "mean",
+    causal: bool = False,
+    collection: str = "headings",
+    held_out: int = HELD_OUT,
+    model: str = "tiny-1m",
+) -> dict:
+    """Train with one objective, and judge both what it represents and what it writes.
+
+    objective: of WEIGHTS, which has L_DPO's and L_KL's; weight multiplies both, L_CL's is 1.
+    ndcg: at 10, of each held-out query among the held-out passages; before: without training.
+    agreement: mean over queries of Spearman's correlation between cosines and nats a token over
+    candidates. nats: a token of the right passage given its query. loss: mean of the last steps.
+    """
+    encoder = Encoder(*pretrained(model), pooling=pooling, causal=causal, max_length=LENGTH)
+    learned = mined(drawn(collections.pairs(collection, "train"), POOL, seed))
+    judged = drawn(collections.pairs(collection, split(seed)), held_out, seed)
+    told = {"before": found(encoder, judged)}
+    start = perf_counter()
+    own = ullme.Objective((1.0, *(weight * part for part in WEIGHTS[objective])))
+    losses = ullme.train_grl(encoder, learned, steps, rate, own, batch=BATCH, seed=seed)
+    told |= {"train_seconds": round(perf_counter() - start, 2), "ndcg": found(encoder, judged)}
+    told |= agreement(encoder, judged)
+    return told | {"loss": round(float(np.mean(losses[-10:])), 4)}
+
+
+def found(encoder: Encoder, judged: list) -> float:
+    """nDCG@10 of queries among all passages."""
+    queries, passages = zip(*judged)
+    scores = (encoder(queries) @ encoder(passages).t()).numpy()
+    return round(evaluate.retrieval(scores, list(range(len(queries))))["ndcg@10"], 5)
+
+
+def agreement(encoder: Encoder, judged: list) -> dict:
+    """Whether the two rankings of the same candidates agree, and the right passage's nats."""
+    both, nats = [], []
+    for place in range(min(ASKED, len(judged))):
+        some = [judged[(place + more) % len(judged)][1] for more in range(CANDIDATES)]
+        cosines, written = ullme.two_rankings(encoder, judged[place][0], some)
+        both.append(spearmanr(cosines, written).statistic)
+        nats.append(-float(written[0]))
+    return {"agreement": round(float(np.mean(both)), 5), "nats": round(float(np.mean(nats)), 5)}
+
+
+def mined(pairs: list) -> list[tuple[str, str, str]]:
+    """Each pair with the passage that BM25 ranks first among those that are not its own."""
+    queries, passages = zip(*pairs)
+    scores = lexical.bm25(passages)(queries)
+    np.fill_diagonal(scores, -np.inf)
+    return [(*pair, passages[place]) for pair, place in zip(pairs, scores.argmax(1))]
+
+
+def split(seed: int) -> str:
+    """What a seed is judged on."""
+    return "validation" if seed >= 100 else "test"
+
+
+def drawn(rows: list, n: int, seed: int) -> list:
+    """n of the rows, by the seed."""
+    places = np.random.default_rng(seed).choice(len(rows), min(n, len(rows)), replace=False)
+    return [rows[place] for place in places]
+
+
+TUNING = [
+    *grid(objective="cl", seed=100, rate=(5e-4, 1.5e-3, 4.5e-3, 1.35e-2)),
+    *grid(objective="grl", seed=100, rate=(1.5e-3, 4.5e-3), weight=(0.1, 1.0)),
+    *grid(objective="cl", seed=100, rate=(8e-4, 2.6e-3)),
+    {"objective": "grl", "seed": 100, "rate": 5e-4, "weight": 0.1},
+    {"objective": "grl", "seed": 100, "rate": 1.5e-3, "weight": 0.03},
+]
+SEEDS = range(5)
+TUNED = {"cl": {"rate": 2.6e-3}, "grl": {"rate": 1.5e-3, "weight": 0.1}}
+LONGER = 3 * STEPS
+BOTH = {"steps": STEPS, "pooling": "mean", "causal": False}
+ALONE = {"objective": "cl", **TUNED["cl"]}  # contrast alone
+POINTS = [
+    *grid(**BOTH, seed=SEEDS, **ALONE),
+    *grid(**BOTH, seed=SEEDS, objective=("dpo", "grl"), **TUNED["grl"]),
+    *grid(**BOTH, seed=SEEDS, objective="kl", **TUNED["cl"]),
+    *grid(**BOTH, seed=SEEDS, objective="cl, other rate", rate=TUNED["grl"]["rate"]),
+    *grid(**BOTH | {"steps": LONGER}, seed=SEEDS, **ALONE),
+    *grid(**BOTH | {"causal": True}, seed=SEEDS, **ALONE),
+    *grid(**BOTH | {"pooling": "last", "causal": (True, False)}, seed=SEEDS, **ALONE),
+]
+CANARY = {"objective": "grl", "seed": 200, "rate": 1e-3, "steps": 1, "held_out": 12}
+
+LAST = {"objective": "cl", "pooling": "last", "causal": False}
+ROLES = {
+    "tuned-rate": {
+        "method": {"objective": "grl", **BOTH},
+        "baseline": {"objective": "cl", **BOTH},
+    },
+    "grl": {
+        "method": {"objective": "grl", **BOTH},
+        "baseline": {"objective": "cl, other rate", **BOTH},
+    },
+    "agree": {"method": {"objective": "kl", **BOTH}, "baseline": {"objective": "cl", **BOTH}},
+    "both-ways": {"method": LAST, "baseline": LAST | {"causal": True}},
+    "equal-time": {
+        "method": {"objective": "grl", **BOTH},
+        "baseline": {"objective": "cl", **BOTH, "steps": LONGER},
+    },
+    "both-ways-mean": {
+        "method": {"objective": "cl", **BOTH},
+        "baseline": {"objective": "cl", **BOTH, "causal": True},
+    },
+}
+
+
+def values(runs: list) -> dict:
+    """A pair a seed for each claim."""
+    keys = {id: "agreement" if id == "agree" else "ndcg" for id in ROLES}
+    return {
+        id: paired(runs, role["method"], role["baseline"], keys[id]) for id, role in ROLES.items()
+    }
