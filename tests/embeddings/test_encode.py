@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as hf
+from models_for_tests import models, sizes
 from torch.nn import functional as F
 
 from lablib.embeddings.encode import (
@@ -25,23 +26,10 @@ from lablib.models import GPT, GPTConfig, anatomy
 from lablib.models.classifier import encoder
 from lablib.models.weights import pretrained
 
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-}
-GPT2 = {"vocab_size": 60, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 32}
-MODELS = {
-    "gpt": lambda: GPT(GPTConfig(60, 32, 3, 4, 2, init_std=0.2)),
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, num_key_value_heads=2)),
-    "llama-eager": lambda: hf.LlamaForCausalLM(
-        hf.LlamaConfig(**SIZES, num_key_value_heads=2, attn_implementation="eager")
-    ),
-    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
-    "bert": lambda: hf.BertModel(hf.BertConfig(**SIZES)),
-}
+MODELS = models(3)
+MODELS["llama-eager"] = lambda: hf.LlamaForCausalLM(
+    hf.LlamaConfig(**sizes(3), num_key_value_heads=2, attn_implementation="eager")
+)
 ROWS = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15, 16]]
 ENCODED = pad(ROWS)
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import transformers as hf
+from models_for_tests import models, sizes
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,20 +18,7 @@ from lablib.models import GPT, GPTConfig, anatomy, pretrained
 from lablib.papers import paper
 from lablib.studies import l3prune as study
 
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-}
-GPT2 = {"vocab_size": 60, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 32}
-MODELS = {
-    "gpt": lambda: GPT(GPTConfig(60, 32, 4, 4, 2, init_std=0.2)),
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, num_key_value_heads=2)),
-    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
-    "bert": lambda: hf.BertModel(hf.BertConfig(**SIZES)),
-}
+MODELS = models(4)
 TEXTS = ["8 9 10 11 12 13", "20 21", "30 31 32 33", "7"]
 
 
@@ -90,7 +78,7 @@ def test_a_copy_is_cut_and_the_model_stays(encoder):
 
 
 def test_a_tied_head_stays_tied_and_a_cut_llama_is_transformers_own():
-    config = hf.LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True)
+    config = hf.LlamaConfig(**sizes(4), num_key_value_heads=2, tie_word_embeddings=True)
     torch.manual_seed(0)
     model = hf.LlamaForCausalLM(config).eval()
     short = l3.truncate(model, 3)
