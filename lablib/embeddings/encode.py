@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lablib.models import anatomy
-from lablib.models.classifier import Encoded
+from lablib.models.classifier import Encoded, last_states
 from lablib.models.gpt import GPT
 from lablib.modes import kept_modes
 
@@ -161,14 +161,7 @@ def states(
     if layer is not None and not 0 <= layer <= len(blocks):
         raise ValueError(f"layer {layer} is none of 0 (embeddings) to {len(blocks)}")
     with contextlib.nullcontext() if causal else bidirectional(model, encoded.mask):
-        return _final(model, encoded) if layer is None else _until(model, encoded, layer)
-
-
-def _final(model: nn.Module, encoded: Encoded) -> Tensor:
-    if isinstance(model, GPT):
-        return model.hidden_states(encoded.inputs)
-    # Decoders need no mask for tokens to their left; what they compute on padding nobody reads.
-    return model.base_model(encoded.inputs, attention_mask=encoded.mask.long()).last_hidden_state
+        return last_states(model, encoded) if layer is None else _until(model, encoded, layer)
 
 
 def _until(model: nn.Module, encoded: Encoded, layer: int) -> Tensor:
@@ -189,7 +182,7 @@ def _until(model: nn.Module, encoded: Encoded, layer: int) -> Tensor:
         handle = blocks[0].register_forward_pre_hook(stop_before, with_kwargs=True)
     try:
         with contextlib.suppress(_Reached):
-            _final(model, encoded)
+            last_states(model, encoded)
     finally:
         handle.remove()
     return kept[0]
