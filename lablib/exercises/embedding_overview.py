@@ -99,9 +99,9 @@ def _own_weights(states, mask):
 
 def _test_own_weights(candidate) -> None:
     for _ in range(2):
-        length, dim = random.randint(7, 10), random.randint(4, 7)
-        lengths = np.array(random.sample(range(3, length), 3))
-        states = np.random.randn(3, length, dim)
+        length, dim = random.randint(12, 15), random.randint(4, 7)
+        lengths = np.array(random.sample(range(3, 12), 9))  # all: some weights, rounded, sum to 1
+        states = np.random.randn(9, length, dim)
         mask = np.arange(length) < lengths[:, None]
         found = candidate(states.copy(), mask.copy())
         same_kind(found, mask.astype(float))  # one weight a token
