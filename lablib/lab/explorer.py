@@ -11,7 +11,8 @@ from IPython.display import HTML, display
 
 from lablib.evidence import tiers
 from lablib.lab import figures
-from lablib.lab.place import Place
+from lablib.lab.frames import recorded
+from lablib.lab.place import place
 from lablib.lab.ranges import loose
 from lablib.lab.widgets import STYLE, TEXTS, Panel, control, moves, rehearsed, view
 
@@ -40,7 +41,7 @@ class Explorer:
         self.data: dict[str, Any] = {}
         self.failure: Exception | None = None
         self.seconds = 0.0
-        self._place = Place()
+        self._place = place()
         for widget in self.controls.values():
             _follow(widget, function, self._moved)
         self.draw()
@@ -68,9 +69,12 @@ class Explorer:
     def _moved(self, change: Any) -> None:
         self.draw()
 
+    def _made(self, *values: Any) -> dict[str, Any]:
+        return _bundle(self.function(**dict(zip(self.controls, values))))
+
     def _ipython_display_(self) -> None:
         if tiers.static():
-            display(self.data, raw=True)
+            display(self.data | recorded(self.controls, self._made), raw=True)
             names = ", ".join(widget.description for widget in self.controls.values())
             display(HTML(f"<i>Run this cell to move: {html.escape(names)}.</i>"))
             return
@@ -91,8 +95,10 @@ def _follow(widget: ipywidgets.Widget, function: Callable, moved: Callable[[Any]
 def _bundle(made: Any) -> dict[str, Any]:
     if hasattr(made, "to_plotly_json"):
         return figures.bundle(made)
-    text = made if isinstance(made, str) else getattr(made, "data", str(made))
-    return {"text/html": text, "text/plain": text}
+    if isinstance(made, str) or hasattr(made, "data"):
+        text = made if isinstance(made, str) else made.data
+        return {"text/html": text, "text/plain": text}
+    return {"text/html": f"<pre>{html.escape(str(made))}</pre>", "text/plain": str(made)}
 
 
 def explore(

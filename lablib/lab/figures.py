@@ -2,7 +2,6 @@
 
 import html
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,9 @@ import plotly.io as pio
 from IPython.display import HTML, display
 
 from lablib.evidence.intervals import interval
+from lablib.lab import colab
+from lablib.lab.alternatives import alternative, carrying
+from lablib.lab.channels import distinct
 from lablib.lab.paint import INK, PALETTE, PAPER, key, painted
 from lablib.lab.ranges import fixed
 
@@ -41,7 +43,7 @@ pio.templates["lablib"] = go.layout.Template(
         "plot_bgcolor": PAPER,
         "margin": {"l": 70, "r": 20, "t": 60, "b": 55},
         "title": {"x": 0.02, "xanchor": "left", "font": {"size": 15}},
-        "legend": {"bgcolor": "rgba(0,0,0,0)"},
+        "legend": {"bgcolor": "rgba(0,0,0,0)", "itemwidth": 40},  # two dashes of a dashed line
         "hoverlabel": {"font": {"color": "black"}, "bgcolor": "white"},
         "xaxis": {**_AXIS, "automargin": True, "title": {"standoff": 8}},
         "yaxis": {**_AXIS, "automargin": True, "title": {"standoff": 8}},
@@ -71,7 +73,8 @@ def line(fig: go.Figure, x: Sequence, runs: Any, name: str, **style: Any) -> go.
         band = {"x": [*x, *reversed(list(x))], "y": [*highs, *lows[::-1]], "fill": "toself"}
         shade = {"fillcolor": _faded(color), "line": {"width": 0}, "hoverinfo": "skip"}
         fig.add_scatter(**band, **shade, mode="lines", legendgroup=name, showlegend=False)
-    style = {"mode": "lines+markers", "line": {"color": color, "width": 2}} | style
+    look = {"line": {"color": color, "width": 2}, "marker": {"size": 8}}
+    style = {"mode": "lines+markers"} | look | style
     fig.add_scatter(x=list(x), y=means, name=name, legendgroup=name, showlegend=True, **style)
     return fig
 
@@ -165,12 +168,15 @@ def _faded(color: str, alpha: float = 0.2) -> str:
 def bundle(fig: go.Figure, alt: str = "") -> dict[str, Any]:
     """A figure as Jupyter's MIME bundle: Plotly's JSON (on Colab its HTML), and a text alternative.
 
-    alt: the text; without it that in the figure's `layout.meta["alt"]`, else its title.
+    alt: the author's text, else that in the figure's `layout.meta["alt"]`, else the title; what is
+    drawn follows it. See `lablib.lab.alternatives`.
     """
-    alt = alt or (fig.layout.meta or {}).get("alt") or fig.layout.title.text or "figure"
-    if "google.colab" in sys.modules:
-        return pio.renderers["colab"].to_mimebundle(fig.to_dict()) | {"text/plain": alt}
-    return {PLOTLY: json.loads(fig.to_json()), "text/plain": alt}
+    plot = distinct(json.loads(fig.to_json()))
+    text = alternative(plot, alt or (fig.layout.meta or {}).get("alt") or "")
+    plot = carrying(plot, text)
+    if colab.here():
+        return {"text/html": colab.page(go.Figure(plot)), "text/plain": text}
+    return {PLOTLY: plot, "text/plain": text}
 
 
 def show(fig: go.Figure, alt: str = "") -> None:

@@ -11,7 +11,7 @@ from IPython.display import display
 
 from lablib.evidence import tiers
 from lablib.lab import figures
-from lablib.lab.place import Place
+from lablib.lab.place import place
 from lablib.lab.widgets import STYLE, WIDE, Panel, moves, rehearsed, slider, view
 
 HIDDEN = "Hidden until you have committed to a guess above, or ask."
@@ -32,7 +32,7 @@ class Guess:
         self.button = ipywidgets.Button(description="This is my guess")
         self.button.disabled = picker.value is None
         self.show_me: ipywidgets.Button | None = None
-        self._reply, self._answer, self._below = Place(), Place(), Place()
+        self._reply, self._answer, self._below = place(), place(), place()
         picker.observe(self._picked, names="value")
         self.button.on_click(self._commit)
 
@@ -66,7 +66,7 @@ class Guess:
         """
         self.actual, self.meaning = actual, meaning
         self._picture = None if figure is None else figures.bundle(figure)
-        self._answer, self._below = Place(), Place()
+        self._answer, self._below = place(), place()
         hidden = self.value is None and not tiers.static()
         told = self._folded() if tiers.static() else self._told(self.value)
         self._answer.put(self._offer() if hidden else told)

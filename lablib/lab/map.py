@@ -1,4 +1,4 @@
-"""The map of the 120 papers: a row a theme, from left to right in time, colored by verdict."""
+"""The map of the 120 papers: a row a theme, over time, with a color and a symbol a verdict."""
 
 import datetime
 import html
@@ -6,14 +6,16 @@ import html
 import plotly.graph_objects as go
 
 from lablib.evidence.coverage import State, states
-from lablib.lab import figures
+from lablib.lab import colab, figures
 from lablib.papers import papers, themes
+from lablib.papers.scaffold import colab_address
 
+# What came of a paper -> its color and its symbol.
 KINDS = {
-    "every claim reproduced": figures.PALETTE[2],
-    "some claims not reproduced at this scale": figures.PALETTE[1],
-    "lab present, not measured": figures.PALETTE[0],
-    "lab to come": "#b0b0b0",
+    "every claim reproduced": (figures.PALETTE[2], "circle"),
+    "some claims not reproduced at this scale": (figures.PALETTE[1], "diamond"),
+    "lab present, not measured": (figures.PALETTE[0], "square"),
+    "lab to come": ("#767676", "circle-open"),
 }
 
 
@@ -30,7 +32,7 @@ def paper_map() -> go.Figure:
     """Every paper as a point: date across, theme down; hover for its claims and their verdicts."""
     fig = figures.figure(height=560, margin={"t": 30}, legend={"orientation": "h", "y": -0.18})
     spread, rows = _spread(), states()
-    for name, color in KINDS.items():
+    for name, (color, symbol) in KINDS.items():
         mine = [row for row in rows if kind(row) == name]
         fig.add_scatter(
             x=[row.paper.date for row in mine],
@@ -39,7 +41,7 @@ def paper_map() -> go.Figure:
             hovertemplate="%{text}<extra></extra>",
             mode="markers",
             name=name,
-            marker={"size": 12, "color": color, "line": {"width": 1, "color": "white"}},
+            marker={"size": 12, "color": color, "symbol": symbol, "line": {"width": 1}},
         )
     parts = {about["number"]: about["title"] for about in themes().values()}
     ticks = {"tickvals": list(parts), "ticktext": [f"{n}. {title}" for n, title in parts.items()]}
@@ -49,19 +51,21 @@ def paper_map() -> go.Figure:
 
 
 def lab_links() -> str:
-    """HTML: a link to each lab that is there, with its verdicts; relative to labs/."""
+    """HTML: a link to each lab that is there, with its verdicts."""
     rows = [row for row in states() if row.present]
     items = [
-        f"<li><a href='{html.escape(_relative(row))}'>{row.paper.lab} "
+        f"<li><a href='{html.escape(_address(row))}'>{row.paper.lab} "
         f"{html.escape(row.paper.title)}</a>: {html.escape(row.line)}</li>"
         for row in rows
     ]
     return f"<ul>{''.join(items)}</ul>"
 
 
-def _relative(state: State) -> str:
+def _address(state: State) -> str:
+    """Relative to labs/; on Colab, which has no files beside a notebook, that of the badge."""
     lab = state.paper.paths["lab"]
-    return f"{lab.parent.name}/{lab.name}"
+    place = f"{lab.parent.name}/{lab.name}"
+    return colab_address(f"labs/{place}") if colab.here() else place
 
 
 def _spread() -> dict[str, float]:

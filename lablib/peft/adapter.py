@@ -13,11 +13,12 @@ import hashlib
 import importlib
 import inspect
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -250,19 +251,52 @@ def save_adapter(model: nn.Module, file: str | Path) -> None:
 def load_adapter(model: nn.Module, file: str | Path) -> None:
     """Put a saved adapter into a plain model, in place.
 
-    Raises ValueError when the model's weights are not those that the adapter was trained on.
+    Raises ValueError when the model's weights are not those that the adapter was trained on, and
+    for a file that is no saved adapter or names a method that is none.
     """
-    with safe_open(file, "pt") as saved:
-        header = saved.metadata()
-    state = load_file(file)
+    header, state = _read(Path(file))
+    verbs = [(_verb(place), options) for place, options in json.loads(header["methods"])]
     if (found := base_hash(model)) != header["base"]:
         raise ValueError(
             f"{Path(file).name} belongs to a base with hash {header['base'][:12]}..., and this "
             f"model has {found[:12]}...: load the base that it was trained on"
         )
-    for place, options in json.loads(header["methods"]):
-        module, _, name = place.partition(":")
-        getattr(importlib.import_module(module), name)(model, **options)
+    for verb, options in verbs:
+        verb(model, **options)
     with torch.no_grad():
         for name, tensor in adapter_state(model).items():
             tensor.copy_(state[name])
+
+
+def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """A saved adapter's header and tensors."""
+    try:
+        with safe_open(file, "pt") as saved:
+            header = saved.metadata() or {}
+        state = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is cut or no safetensors file: {error}") from error
+    if not {"base", "methods"} <= header.keys():
+        raise ValueError(f"{file} is no saved adapter: `save_adapter` writes one")
+    return header, state
+
+
+_VERB = method(print).__code__  # of whatever `method` returns
+
+
+def _verb(place: str) -> Callable[..., None]:
+    """The method that a header names as "module:function", and no other function.
+
+    An adapter may come from a stranger: calling what it names could run anything.
+    """
+    module, _, name = place.partition(":")
+    if module.startswith("lablib.peft."):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+    verb = getattr(sys.modules.get(module), name, None)
+    if getattr(verb, "__code__", None) is not _VERB:
+        raise ValueError(
+            f"the adapter names {place!r}, which is no method of lablib.peft nor of a module that "
+            "you have imported: import its module first, if you trust it"
+        )
+    return verb

@@ -164,10 +164,20 @@ def test_a_reader_is_not_rehearsed(shown, monkeypatch):
     assert calls == [1]
 
 
-def test_colab_gets_plotlys_html_in_place(shown, monkeypatch):
+def test_colab_gets_html_in_an_output_widget(shown, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "google.colab", object())
     made = explore(growing, order=(1, 5), corpus=["a", "b"])
     made._ipython_display_()
-    made.controls["order"].value = 2
-    (change,) = shown.changes
-    assert "plotly" in change["text/html"] and PLOTLY not in change
+    made.controls["corpus"].value = "b"
+    place, first = [data for data in shown.data.values() if "newPlot" in str(data)][:2]
+    second = list(shown.data.values())[-1]
+    assert place[VIEW]["model_id"] == made._place.output.model_id
+    assert place["text/html"] == first["text/html"], "what a page without widgets shows"
+    assert VIEW not in second and '"text":"b"' in second["text/html"].partition("newPlot")[2]
+    assert shown.changes == [] and PLOTLY not in shown.kinds()
+
+
+def test_a_text_does_not_end_colabs_script(shown, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "google.colab", object())
+    made = figures.bundle(figures.figure("</script><b>"))["text/html"]
+    assert made.count("</script>") == 1 and made.count("<b>") == 0 and "\\u003cb" in made

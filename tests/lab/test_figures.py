@@ -44,7 +44,8 @@ def test_figures_have_a_template_bands_and_a_text_alternative(shown):
     assert list(fig.data[1].y) == [2.0, 4.0]
     assert fig.data[1].line.color != fig.data[2].line.color
     figures.show(fig, alt="a <falls>")
-    assert "'text/plain': 'a <falls>'" in shown[0] and shown[1] == "<i>a &lt;falls&gt;</i>"
+    assert "'text/plain': 'a <falls>. Line chart. x axis: steps" in shown[0]
+    assert shown[1] == "<i>a &lt;falls&gt;</i>"
     assert fig.layout.width is None and fig.layout.template.layout.width is None
 
 
@@ -112,4 +113,5 @@ def test_what_plotly_would_choose_is_loose():
 
 def test_a_bundle_is_json():
     fig = figures.line(figures.figure("t"), [1, 2], np.ones((3, 2)), "a")
-    assert json.loads(json.dumps(figures.bundle(fig)))["text/plain"] == "t"
+    told = "t. Line chart. x axis: 1 to 2. y axis: 1. a: from 1 to 1"
+    assert json.loads(json.dumps(figures.bundle(fig)))["text/plain"] == told
