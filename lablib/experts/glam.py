@@ -56,7 +56,12 @@ class GLaMFFN(LeavesLoss):
 
 
 class TopTwo(TokenChoice):
-    """The gate of `GLaMFFN` as a router: top-2, shares sum to 1, first choices are balanced."""
+    """The gate of `GLaMFFN` as a router: top-2, shares sum to 1, first choices are balanced.
+
+    options: of `TokenChoice`. Its capacity_factor is GShard's capacity: first choices find a place
+    before second ones, and shares stay as they were when the other expert has none. No second
+    expert is left out at random, as GShard's may be.
+    """
 
     def __init__(self, dim: int, n_experts: int, balance: float = 1e-2, **options):
         super().__init__(dim, n_experts, top_k=2, softmax="after", balance=balance, **options)

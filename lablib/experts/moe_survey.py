@@ -219,7 +219,7 @@ TAXONOMY = {
             "frequency": "experts.glam.glam_",
             "activation function": "experts.moe.FeedForwardExperts",
             "shared expert": "experts.moe.MoE",
-            "parameter-efficient": "",
+            "parameter-efficient": "experts.moe_redundancy.PartialExperts",
         },
         "training and inference": {
             "original": "experts.switch_transformers.SwitchFFN",
@@ -241,7 +241,7 @@ TAXONOMY = {
         "language": {"language models": "experts.olmoe"},
         "vision": {"vision models": ""},
         "recommendation": {"recommenders": ""},
-        "several modalities": {"text and image": ""},
+        "several modalities": {"text and image": "experts.moe_redundancy"},
     },
 }
 

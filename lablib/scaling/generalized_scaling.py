@@ -207,9 +207,10 @@ def fit_generalized(table: Table, delta: float = 1e-3) -> dict[str, float]:
     """The law's parameters from columns N, D, S and loss: of least Huber loss of log residuals.
 
     Where S is 0 in all rows, c and gamma are 0, and the others are Hoffmann's law. gamma stays from
-    -2 to 2, as printed ones do: a few runs don't hold it. The same minimum as
-    `lablib.scaling.inference.fit` finds, by Levenberg and Marquardt's method in a tenth of the
-    time: a study fits many such laws. Begun with the floor as half of the least loss.
+    -2 to 2, as printed ones do: a few runs don't hold it. By a trust region's least squares, in a
+    tenth of the time of `lablib.scaling.inference.fit`: a study fits many such laws. On rows that
+    tell all seven parameters both find one minimum. On a study's few rows the general fit, whose
+    bounds are wider, ends lower. Begun with the floor as half of the least loss.
     """
     from scipy.optimize import least_squares
 

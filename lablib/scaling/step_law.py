@@ -4,7 +4,9 @@ Lab 407. The law and its rivals are those of the paper's Table 1, each a functio
 it was fitted is the authors' `code/fit_tool.py` (repository step-law/steplaw): a regression in
 logarithms on all runs within 0.25 % of the best of their N and D. A run is a mapping with N, tokens
 (seen), lr, batch (tokens a step) and loss. The printed values are in
-`data/published/step-law.csv`.
+`data/published/step-law.csv`. Two of the table's laws are missing here: MeiTuan's (Wang et al.,
+2024) has the form lambda L^-alpha, and MiniCPM's gives a batch; both need the loss L, and of the
+first no constants are printed.
 """
 
 from __future__ import annotations

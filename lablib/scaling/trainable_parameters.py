@@ -214,6 +214,37 @@ def training_flops(count: Counts, tokens: float) -> float:
     return (4.0 * count.total + 2.0 * count.trainable) * tokens
 
 
+def forward_flops(layer: nn.Module) -> float:
+    """FLOPs of a layer's own weights for one token, a multiplication or an addition each.
+
+    A Hadamard transform takes n log2 n additions. A real FFT of n is counted as 5/2 n log2 n, half
+    of the customary 5 n log2 n of a complex one; the spectrum of a circulant's own column is needed
+    once a step, not once a token, and is left out.
+    """
+    if isinstance(layer, HDHD):
+        products, _, n = layer.diagonals.shape
+        return products * (2.0 * n * math.log2(n) + 2 * n)
+    if isinstance(layer, Circulant):
+        products, n = layer.column.shape
+        each = 6 * (n // 2 + 1)  # complex products, 6 FLOPs each
+        return 2.5 * n * math.log2(n) * (1 + products) + products * each
+    return 2.0 * sum(p.numel() for p in layer.parameters(recurse=False))
+
+
+def flops_of_a_token(model: nn.Module) -> float:
+    """Training FLOPs of a token, blocks alone: `training_flops`, structured layers as they run.
+
+    A pass back to what came in costs as much as a pass forward, and one to the weights, where they
+    are trained, as much again.
+    """
+    total = 0.0
+    for block in anatomy.blocks(model):
+        for layer in block.modules():
+            trained = any(p.requires_grad for p in layer.parameters(recurse=False))
+            total += (3 if trained else 2) * forward_flops(layer)
+    return total
+
+
 def dense(layer: nn.Module) -> Tensor:
     """The matrix that a structured layer stands for: (out_features, in_features)."""
     some = next(layer.parameters())

@@ -10,15 +10,17 @@ steps, tuned again on seed 100 and judged on seeds 10 to 15; the shorter runs ar
 
 The web of this study: pages of 2,000 characters, from the training part of the four domains, and
 from what programs wrote, Django's message catalogues and the Unicode consortium's tables of names
-in many languages, which are a quarter of the pages and half of the tokens. The filter learns from
-other pages of the four domains, as curated text, and from a sample of the web, unlabeled, as the
-rest. All models are judged on held-out text of the four domains. The control keeps as many pages as
-the filter, drawn at random. A first classifier, ten epochs at a rate of 1 on the pages that it then
+in many languages, which are a quarter of the pages and half of the tokens. Licence texts are left
+out, for people wrote them, and lock files were not looked for. The filter learns from other pages
+of the four domains, as curated text, and from a sample of the web, unlabeled, as the rest. All
+models are judged on held-out text of the four domains. The control keeps as many pages as the
+filter, drawn at random. A first classifier, ten epochs at a rate of 1 on the pages that it then
 judged, learned them by heart and kept nothing; it now has pages of its own. Alpha is 6: with the 9
 of GPT-3 so few pages stay that a model reads them many times.
 
 Tuned, on other seeds, for dense and sparse models alike: the rate and the scale of the
-initialization. The text's conditions take over what was tuned on the mixture.
+initialization. After 1,200 steps a plain start, deviation 0.02, does worse for both. The text's
+conditions take over what was tuned on the mixture.
 """
 
 import random
@@ -172,6 +174,9 @@ TUNING = [
     *grid(n_experts=(0, 16), text="mixture", init=0.1, lr=(1e-2, 2e-2), seed=100),
     *grid(n_experts=(0, 16), text="mixture", init=0.3, lr=1e-2, seed=100),
     *grid(n_experts=(0, 16), text="mixture", steps=1200, lr=(1e-2, 2e-2), seed=100),
+    *grid(n_experts=(0, 16), init=0.0, **LONG, lr=(1e-2, 2e-2), seed=100),
+    *grid(n_experts=0, **LONG, lr=5e-3, seed=100),
+    *grid(n_experts=16, **LONG, lr=4e-2, seed=100),
 ]
 CANARY = {"seed": 200, "n_experts": 4, "text": "filtered", "steps": 4, "rows": 16}
 

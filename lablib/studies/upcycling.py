@@ -6,6 +6,10 @@ decayed; then every condition trains on from the same weights, on the same batch
 optimizer and its own cosine. A run makes its dense model first; the process keeps it for the next
 run of that seed. The control's routers see noise in the place of tokens.
 
+The start is not `tiny-1m` on text that it does not know: there is one `tiny-1m`, and here each seed
+has a dense model of its own, so that intervals are over starts, too. The price is a start that is
+far from the end of its training, which flatters the dense model that goes on.
+
 At equal FLOPs the dense model gets more steps, as many as its cheaper tokens pay for.
 
 Tuned, on another seed, for the dense model and for each kind of experts alike: the peak rate of the

@@ -79,6 +79,47 @@ def test_published_olmoe_and_mixtral():
     assert mixtral.active / 1e9 == pytest.approx(12.9, abs=0.05)
 
 
+QWEN = {"vocab_size": 151936, "hidden_size": 2048, "tie_word_embeddings": False}
+PUBLISHED = {
+    "Qwen3-30B-A3B": (
+        "Qwen3MoeConfig",
+        QWEN
+        | {"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
+        | {"head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128}
+        | {"num_experts_per_tok": 8},
+        (30.5, 3.3),
+    ),
+    "Qwen1.5-MoE-A2.7B": (
+        "Qwen2MoeConfig",
+        QWEN
+        | {"num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16}
+        | {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}
+        | {"num_experts": 60, "num_experts_per_tok": 4},
+        (14.3, 2.7),
+    ),
+    "DeepSeek-V3": ("DeepseekV3Config", {}, (671, 37)),
+    "gpt-oss-20b": (
+        "GptOssConfig",
+        {"num_hidden_layers": 24, "num_local_experts": 32, "tie_word_embeddings": False},
+        (20.9, 3.6),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_mixtures_of_other_families(name):
+    """Counts, in billions, that the models' own cards print."""
+    import transformers
+
+    kind, sizes, (total, active) = PUBLISHED[name]
+    model = on_meta(getattr(transformers, kind)(**sizes))
+    ours = parameters(model)
+    # That card leaves the table that is looked up out of what is active.
+    apart = model.get_input_embeddings().weight.numel() if name == "gpt-oss-20b" else 0
+    assert ours.total / 1e9 == pytest.approx(total, rel=0.005)
+    assert (ours.active - apart) / 1e9 == pytest.approx(active, abs=0.05, rel=0.02)
+
+
 def test_flops_of_a_dense_model_are_those_of_its_configuration():
     assert flops(GPT(CONFIG), 32).forward == pytest.approx(flops_per_token(CONFIG, 32))
 

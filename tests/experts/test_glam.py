@@ -22,6 +22,36 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.mark.parametrize("places", [3, 6, 10, 40])
+def test_a_capacity_keeps_what_transformers_keeps(places):
+    """NLLB's top-2 router is GShard's: first choices first, earlier tokens before later ones."""
+    from transformers import NllbMoeConfig
+    from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
+
+    tokens, dim, n = 40, 6, 4
+    config = NllbMoeConfig(
+        hidden_size=dim,
+        num_experts=n,
+        expert_capacity=places,
+        second_expert_policy="all",
+        normalize_router_prob_before_dropping=True,
+        router_bias=False,
+        router_dtype="float32",
+    )
+    theirs = NllbMoeTop2Router(config).train()
+    factor = places * n / (2 * tokens)
+    ours = glam.TopTwo(dim, n, capacity_factor=factor).train()
+    ours.weight.data.copy_(theirs.classifier.weight.data)
+    x = torch.randn(tokens, dim)
+    made = ours(x)
+    expert = torch.arange(n).repeat_interleave(made.counts)
+    weights = torch.zeros(tokens, n)
+    weights[made.token, expert] = made.weight
+    _, kept = theirs.route_tokens(theirs.classifier(x))
+    torch.testing.assert_close(weights, kept, atol=1e-6, rtol=0)
+    assert made.counts.max() <= places
+
+
 class Expert(nn.Module):
     """down(gelu(up(x)))."""
 

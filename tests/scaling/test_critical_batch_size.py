@@ -109,7 +109,37 @@ def test_the_studys_table_of_a_known_law():
     assert len(never[0]) == 0
 
 
-@pytest.mark.parametrize("name", ["critical", "noise", "cheapest"])
-def test_exercises_are_there(name):
-    exercise = getattr(exercises, name)
-    exercise.test(exercise.reference)
+def from_zero(a, b, optimal, overhead):
+    return overhead * b / a
+
+
+def a_fifth(a, b, optimal, overhead):
+    return cbs.critical_batch(a, b, optimal)
+
+
+def one_norm(small, large, b_small, b_large):
+    return small / large
+
+
+def upside_down(small, large, b_small, b_large):
+    return 1 / cbs.noise_scale(small, large, b_small, b_large)
+
+
+def no_root(a, b, wait, token):
+    return wait * b / (token * a)
+
+
+def prices_exchanged(a, b, wait, token):
+    return exercises._cheapest(a, b, token, wait)
+
+
+WRONG = {
+    "critical": [from_zero, a_fifth],
+    "noise": [one_norm, upside_down],
+    "cheapest": [no_root, prices_exchanged],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_exercises_tell_right_from_wrong(name, tells_right_from_wrong):
+    tells_right_from_wrong(getattr(exercises, name), WRONG[name])

@@ -184,6 +184,17 @@ def test_it_is_as_good_as_the_general_fit(sparse):
     assert sparse or ours["c"] == ours["gamma"] == 0
 
 
+def test_on_a_seeds_few_rows_the_sign_of_c_depends_on_a_floor_that_may_move():
+    from lablib.evidence.studies import matching
+    from lablib.evidence.studies import study as find
+
+    runs = matching(find("generalized-scaling").runs(), seed=0)
+    rows = study.rows_of(next(run for run in runs if "c" in run))
+    free = study.fitted(rows)
+    still = fit_law(generalized, study.columns(rows), "loss", fixed={"gamma": 0.0}, starts=[free])
+    assert still.values["c"] < 0 < free["c"]
+
+
 def test_a_black_box_search_predicts_what_the_fit_does_and_need_not_find_its_parameters():
     table = drawn(TRUE)
     bounds = {"e": (0.1, 1.5), "a": (1, 60), "b": (1, 400), "c": (-20, 20), "alpha": (0.05, 1)}

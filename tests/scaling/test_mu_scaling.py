@@ -255,6 +255,17 @@ def test_method_and_baseline_are_given_as_many_rates_and_the_same_ones_at_the_ba
     assert study.TRIED["mup"][study.BASE] == study.TRIED["standard"][study.BASE]
 
 
+def test_seeds_of_the_drift_have_five_rates_around_the_same_middles_and_were_not_seen_before():
+    assert not set(study.SEEDS) & set(study.FRESH)
+    for kind in study.BOTH:
+        for dim in study.SEARCHED:
+            lr = study.WIDER[kind][dim]
+            assert lr[1:-1] == study.TRIED[kind][dim] and len(lr) == 5
+            np.testing.assert_allclose(np.diff(np.log2(lr)), 1.0)
+    points = [p for p in study.POINTS if p["seed"] in study.FRESH]
+    assert len(points) == 25 * len(study.FRESH)
+
+
 def as_drawn(ins, outs, base_ins, base_outs):
     return 1.0, base_ins / ins
 

@@ -200,6 +200,24 @@ def test_training_flops_are_six_a_weight_when_all_are_trained():
     assert tp.training_flops(tp.Counts(10, 20), 1) == exercises._flops(10, 10, 1)
 
 
+def test_forward_flops_by_hand():
+    assert tp.forward_flops(torch.nn.Linear(3, 5, bias=False)) == 2 * 15
+    assert tp.forward_flops(tp.Monarch(16, 8, blocks=2)) == 2 * (2 * 8 * 8 + 2 * 4 * 8)
+    # two products of 8: 8 log2 8 additions twice, 8 products twice
+    assert tp.forward_flops(tp.HDHD(7, 16)) == 2 * (2 * 24 + 2 * 8)
+    # a transform of what comes in, one back for each of two products, 5 complex products each
+    assert tp.forward_flops(tp.Circulant(8, 16)) == 2.5 * 24 * 3 + 2 * 6 * 5
+
+
+def test_flops_of_a_token_are_those_of_the_counts_where_layers_are_dense():
+    for change in (lambda m: m, lambda m: tp.dope_(m, 0.5), lambda m: tp.dope_(m, 0.5, "units")):
+        model = change(study.build(0, 2, 32, None))
+        assert tp.flops_of_a_token(model) == tp.training_flops(tp.counts(model), 1)
+    monarch = tp.structured_(study.build(0, 2, 32, None), "monarch")
+    count = tp.counts(monarch)
+    assert tp.flops_of_a_token(monarch) == 6 * count.trainable < tp.training_flops(count, 1)
+
+
 def test_the_study_matches_flops():
     doped = tp.training_flops(tp.Counts(1, 2), study.TOKENS)
     assert tp.training_flops(tp.Counts(1, 1), study.LONGER) == pytest.approx(doped, rel=0.005)
