@@ -9,13 +9,15 @@ VERSION := import sys; print("%d.%d" % sys.version_info[:2])
 PYVER := $(shell $(PYTHON) -c '$(VERSION)')
 READY := $(VENV)/ready-$(PYVER)
 COURSE_ENV := build/course-env
+HUB_ENV := build/hub-env
+SITE_ENV := build/site-env
 COMMA := ,
 # $(call install,EXTRAS): a few minutes the first time.
 install = set -o pipefail; echo "installing packages into $(VENV)"; \
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(1)]' \
 	| awk '/^(Collecting|Building|Installing|Successfully)/ {print "  " $$1 " " $$2; fflush()}'
 
-.PHONY: help setup test-setup lab test lint unit labs test-browser test-course course verify study coverage bench doctor checkpoints wheel clean
+.PHONY: help setup test-setup lab test lint unit labs test-browser test-binder test-colab test-course course hub test-hub hub-figures site test-site frames verify study coverage bench doctor checkpoints wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -47,7 +49,7 @@ lint: test-setup
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
 
 unit: test-setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope -q tests -m "not browser and not course"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope -q tests -m "not browser and not course and not hub and not binder and not colab and not site"
 
 labs: test-setup
 	@LABLIB_TIER=smoke LABLIB_STATIC=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope -q \
@@ -55,6 +57,24 @@ labs: test-setup
 
 test-browser: test-setup ## drive JupyterLab in headless Chromium; ALL=1 through every lab; screenshots under build/
 	@$(BIN)/python -m pytest -n 2 --dist load --maxschedchunk 1 -q tests/browser -m browser
+
+test-binder: test-setup ## the steps of Binder's image in a new environment; its size, and minutes to build
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/binder -m binder
+
+# Colab's packages, with nothing of ours: tests/colab/versions.txt says how each version is known.
+COLAB_ENV := build/colab-env
+COLAB_PYTHON ?= $(or $(shell for at in python3.13 ~/.pyenv/versions/3.13.*/bin/python3.13; do \
+	$$at -V >/dev/null 2>&1 && echo $$at && break; done),$(PYTHON))
+$(COLAB_ENV)/ready: tests/colab/versions.txt
+	@echo "installing Colab's packages into $(COLAB_ENV), with torch's CUDA build (6 GB)"
+	@$(COLAB_PYTHON) -m venv --clear $(COLAB_ENV)
+	@$(COLAB_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+SPACE := $(subst ,, )
+test-colab: test-setup $(COLAB_ENV)/ready ## every lab with Colab's packages; LABS="302 701" only these
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist load --maxschedchunk 1 -q tests/colab -m colab \
+		$(if $(LABS),-k "$(subst $(SPACE), or ,$(LABS))")
 
 # nbgrader lies in an environment of its own, on top of the one that the other tests run in.
 $(COURSE_ENV)/ready-$(PYVER): pyproject.toml constraints.txt | $(READY)
@@ -76,6 +96,47 @@ $(READY)-grading: $(READY)
 course: setup $(READY)-grading ## make course LABS="302 701" or THEMES=experts [COURSE=build/course]: an nbgrader course
 	@$(BIN)/python -m lablib course $(if $(LABS),--labs $(LABS)) $(if $(THEMES),--themes $(THEMES)) \
 		--to $(or $(COURSE),build/course)
+
+# JupyterHub likewise, with the proxy that it needs (npm comes with Node.js).
+$(HUB_ENV)/ready-$(PYVER): pyproject.toml constraints.txt | $(READY)
+	@command -v npm >/dev/null || { echo "JupyterHub's proxy needs Node.js: install nodejs and npm"; exit 1; }
+	@$(BIN)/python -m venv --clear $(HUB_ENV)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(HUB_ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	@echo "installing JupyterHub into $(HUB_ENV)"
+	@$(HUB_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[jupyterhub]'
+	@npm install --silent --no-audit --no-fund --prefix build/chp configurable-http-proxy@5.3.0
+	@touch $@
+
+hub: setup $(HUB_ENV)/ready-$(PYVER) ## a JupyterHub with the labs on this machine, PORT=8000; binder/README.md
+	@exec $(HUB_ENV)/bin/python -m lablib.hub --port $(or $(PORT),8000)
+
+test-hub: test-setup $(HUB_ENV)/ready-$(PYVER) ## a class of eight on a JupyterHub, each running a lab
+	@OMP_NUM_THREADS=1 $(HUB_ENV)/bin/python -m pytest -q tests/hub -m hub
+
+hub-figures: test-setup $(HUB_ENV)/ready-$(PYVER) ## measure the hub: memory and waiting times, into binder/README.md
+	@$(HUB_ENV)/bin/python -m lablib.hub.figures
+
+# Sphinx likewise; it needs Python 3.11 or later.
+$(SITE_ENV)/ready-$(PYVER): pyproject.toml constraints.txt | $(READY)
+	@$(BIN)/python -m venv --clear $(SITE_ENV)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(SITE_ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	@echo "installing Sphinx into $(SITE_ENV)"
+	@$(SITE_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[site]'
+	@touch $@
+
+site: $(READY) $(SITE_ENV)/ready-$(PYVER) ## all labs as a static site in build/site; its last line says how long it took
+	@OMP_NUM_THREADS=1 $(SITE_ENV)/bin/python -m lablib.site --to build/site
+
+test-site: test-setup $(SITE_ENV)/ready-$(PYVER) ## build the site anew; read it in headless Chromium, and with axe-core (npm)
+	@command -v npm >/dev/null || { echo "axe-core comes with npm: install nodejs and npm"; exit 1; }
+	@test -e build/axe/node_modules/axe-core/axe.min.js || \
+		npm install --silent --no-audit --no-fund --prefix build/axe axe-core@4.14.1
+	@OMP_NUM_THREADS=1 $(SITE_ENV)/bin/python -m pytest -q tests/site -m site
+
+frames: setup ## make frames LAB="302 405": store what their sliders show, for the site
+	@$(BIN)/python -m lablib frames $(or $(LAB),$(error say which: make frames LAB=302))
 
 verify: setup ## make verify LAB=101 [TIER=cpu]: run one lab headless at its tier
 	@$(BIN)/python -m lablib verify $(or $(LAB),$(error say which: make verify LAB=101)) $(if $(TIER),--tier $(TIER))

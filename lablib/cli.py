@@ -75,7 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     bench = command("bench", _bench, "time kernels, training, encoding or labs")
     bench.add_argument("what", nargs="?", choices=("kernels", "training", "encoding", "labs"))
     bench.add_argument("--tier", choices=tiers.TIERS, help="of the labs")
-    command("setup", _setup, "fetch the corpora and prepare the pretrained models")
+    setup = command("setup", _setup, "fetch the corpora and prepare the pretrained models")
+    setup.add_argument("--labs", nargs="+", default=[], metavar="LAB", help="only what these need")
+    frames = command("frames", _frames, "store what a lab's sliders show, for the site")
+    frames.add_argument("slugs", nargs="+", metavar="SLUG", help="slugs or lab numbers")
+    frames.add_argument("--tier", choices=tiers.TIERS, default="cpu")
     course = command("course", _course, "build an nbgrader course from labs")
     course.add_argument("--labs", nargs="+", default=[], metavar="LAB", help="numbers or slugs")
     course.add_argument("--themes", nargs="+", default=[], choices=list(themes()), metavar="THEME")
@@ -196,7 +200,14 @@ def _bench(options: argparse.Namespace) -> None:
 def _setup(options: argparse.Namespace) -> None:
     from lablib.prepare import prepare_all
 
-    prepare_all()
+    prepare_all(options.labs)
+
+
+def _frames(options: argparse.Namespace) -> None:
+    from lablib.site.frames import record
+
+    for slug in options.slugs:
+        print(record(paper(slug), options.tier), flush=True)
 
 
 def _course(options: argparse.Namespace) -> None:

@@ -18,6 +18,12 @@ def data_dir() -> Path:
     return root / "data" if root else PACKAGE / "_data"
 
 
+def labs_dir() -> Path:
+    """The notebooks: `labs/` of the checkout, else the wheel's copy."""
+    root = project_dir()
+    return root / "labs" if root else PACKAGE / "_labs"
+
+
 def cache_dir() -> Path:
     """What set-up fetches and converts: `$LABLIB_HOME`, else the user's cache folder.
 

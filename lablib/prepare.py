@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,10 @@ from lablib.data.corpora import CORPORA, prepare
 from lablib.data.tasks import TASKS, prepare_task
 from lablib.models.weights import is_ready, local_names, prepare_model
 from lablib.papers import Paper, papers, themes
-from lablib.paths import project_dir
+from lablib.papers import paper as find
+from lablib.paths import labs_dir
+
+START = "00-start-here"
 
 
 @dataclass(frozen=True)
@@ -24,15 +27,16 @@ class Step:
     work: Callable[[], Path]
 
 
-def prepare_all() -> None:
+def prepare_all(labs: Sequence[str] = ()) -> None:
     """Prepare each corpus, task and model in turn, saying what is done and how long it took.
 
-    `LABLIB_THEMES=experts,scaling` limits them to what the labs of these themes need.
+    labs: numbers or slugs; only what these need is prepared ("00" is the start page). Without them,
+    `LABLIB_THEMES=experts,scaling` limits it to what the labs of these themes need.
     Each is written whole or not at all, so after an interruption the next run goes on with the
     first that is missing. Raises DataError when something can't be had, ValueError for an unknown
-    theme.
+    theme, UnknownPaper for an unknown lab.
     """
-    steps = needed_steps()
+    steps = needed_steps(labs)
     missing = [step for step in steps if not step.is_ready()]
     for number, step in enumerate(missing, start=1):
         print(f"[{number}/{len(missing)}] {step.name}{step.about} ...", end=" ", flush=True)
@@ -42,12 +46,18 @@ def prepare_all() -> None:
     print(f"{len(steps)} corpora, tasks and models are ready")
 
 
-def needed_steps() -> list[Step]:
-    """What set-up prepares: all, or what the labs of the themes in `LABLIB_THEMES` need."""
+def needed_steps(labs: Sequence[str] = ()) -> list[Step]:
+    """What set-up prepares: what some labs need, else those of the themes in `LABLIB_THEMES`, else
+    all."""
     steps = all_steps()
-    if not (chosen := _chosen(os.environ.get("LABLIB_THEMES", ""))):
+    chosen = _chosen(os.environ.get("LABLIB_THEMES", ""))
+    if not labs and not chosen:
         return steps
-    names = needed_by(paper for paper in papers() if paper.theme in chosen)
+    if labs:
+        wanted = [find(name) for name in labs if name not in ("00", START)]
+    else:
+        wanted = [row for row in papers() if row.theme in chosen]
+    names = needed_by(wanted)
     return [step for step in steps if step.name in names]
 
 
@@ -94,8 +104,7 @@ def needed_by(chosen: Iterable[Paper]) -> set[str]:
     A lab needs what its result and its study have opened, as their files tell, and what its
     notebook names for the reader to choose. One without a result may need all there is.
     """
-    root = project_dir()
-    names = _named_in(root / "labs" / "00-start-here.ipynb") if root else set()
+    names = _named_in(labs_dir() / f"{START}.ipynb")
     for paper in chosen:
         opened = _content(paper.paths["result"])
         if paper.present and opened is None:

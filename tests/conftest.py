@@ -1,9 +1,13 @@
 """Shared by all tests."""
 
 import os
+import shutil
+import subprocess
 
 import pytest
 import torch
+
+from lablib.paths import project_dir
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -32,3 +36,19 @@ def tells_right_from_wrong():
             assert kind == "wrong" and "raised" not in text, text
 
     return check
+
+
+@pytest.fixture(scope="session")
+def copy_project():
+    """Copies the project into a folder as git would hand it on: no ignored file, new ones too."""
+    root = project_dir()
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=root, capture_output=True, check=True).stdout.decode()
+
+    def copy(folder):
+        for name in filter(None, names.split("\0")):
+            if (root / name).is_file():  # one that is deleted and not yet committed is still listed
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(root / name, folder / name)
+
+    return copy

@@ -14,7 +14,7 @@ from lablib.cli import main
 from lablib.data import CORPORA, Document
 from lablib.doctor import examine
 from lablib.models.weights import PACKAGED
-from lablib.papers import papers, themes
+from lablib.papers import UnknownPaper, papers, themes
 from lablib.paths import cache_dir
 from lablib.resources import memory_limit, release_memory
 
@@ -129,7 +129,7 @@ def labs(tmp_path, monkeypatch):
         Lab(tmp_path, "theory"),
     ]
     monkeypatch.setattr(prepare, "papers", lambda: rows)
-    monkeypatch.setattr(prepare, "project_dir", lambda: None)
+    monkeypatch.setattr(prepare, "labs_dir", lambda: tmp_path / "none")
     return rows
 
 
@@ -146,6 +146,15 @@ def test_set_up_is_limited_to_what_the_themes_labs_opened(labs, monkeypatch):
     assert names() == every, "nobody knows yet what the lab of scaling opens"
     monkeypatch.setenv("LABLIB_THEMES", "theory")
     assert names() == []
+
+
+def test_set_up_is_limited_to_the_labs_that_are_named(monkeypatch):
+    monkeypatch.setenv("LABLIB_THEMES", "theory")
+    steps = {step.name for step in prepare.needed_steps(["701", "00"])}
+    assert {"task licences-all", "model smollm2-135m-instruct", "corpus shakespeare"} <= steps
+    assert "task movies" not in steps
+    with pytest.raises(UnknownPaper, match="702x"):
+        prepare.needed_steps(["702x"])
 
 
 def test_an_unknown_theme_is_one_sentence(monkeypatch, capsys):

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lablib.paths import PACKAGE, data_dir, project_dir
+from lablib.paths import PACKAGE, data_dir, labs_dir, project_dir
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -104,14 +104,14 @@ class Paper:
 
     @property
     def paths(self) -> dict[str, Path]:
-        """Every place of the paper, by what it holds; `result` and `lab` as in a checkout."""
+        """Every place of the paper, by what it holds."""
         root = project_dir() or PACKAGE.parent
         return {
             "catalogue": FOLDER / f"{self.slug}.toml",
             "technique": PACKAGE / self.theme / f"{self.name}.py",
             "study": PACKAGE / "studies" / f"{self.name}.py",
             "exercises": PACKAGE / "exercises" / f"{self.name}.py",
-            "lab": root / "labs" / theme_folder(self.part, self.theme) / self.lab_name,
+            "lab": labs_dir() / theme_folder(self.part, self.theme) / self.lab_name,
             "tests": root / "tests" / self.theme / f"test_{self.name}.py",
             "runs": data_dir() / "studies" / f"{self.slug}.jsonl",
             "result": data_dir() / "results" / f"{self.slug}.json",

@@ -1,6 +1,7 @@
 """What follows from a paper's slug alone: its empty places, and the cells that every lab has."""
 
 import importlib
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +10,35 @@ from lablib.papers import Paper
 from lablib.paths import project_dir
 
 INSTALL = """\
-# Colab has no lablib yet; everywhere else this cell only imports.
 try:
     import lablib
-except ImportError:
+except ImportError:  # on Colab, the first time; everywhere else this cell only imports
     %pip install -q git+{repository}
+    !python -m lablib setup --labs {lab}
     import lablib"""
 
 
 def repository() -> str:
-    """The project's address, as pyproject.toml gives it."""
+    """The project's address, as pyproject.toml gives it, or the installed package."""
     from lablib.papers import tomllib
 
-    text = (project_dir() / "pyproject.toml").read_text("utf-8")
-    return tomllib.loads(text)["project"]["urls"]["Repository"]
+    if root := project_dir():
+        text = (root / "pyproject.toml").read_text("utf-8")
+        return tomllib.loads(text)["project"]["urls"]["Repository"]
+    links = metadata("lablib").get_all("Project-URL") or []
+    return dict(link.split(", ", 1) for link in links)["Repository"]
+
+
+def colab_address(notebook: str) -> str:
+    """Where a notebook, named by its path in the project, opens in Colab."""
+    owner = repository().removeprefix("https://github.com/")
+    return f"https://colab.research.google.com/github/{owner}/blob/main/{notebook}"
 
 
 def badges(notebook: str) -> str:
     """The Colab and Binder badges of a notebook, named by its path in the project."""
     owner = repository().removeprefix("https://github.com/")
-    colab = f"https://colab.research.google.com/github/{owner}/blob/main/{notebook}"
+    colab = colab_address(notebook)
     binder = f"https://mybinder.org/v2/gh/{owner}/main?urlpath=lab/tree/{notebook}"
     return (
         f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab}) "
@@ -36,9 +46,9 @@ def badges(notebook: str) -> str:
     )
 
 
-def install_cell() -> str:
-    """The first code cell of every lab."""
-    return INSTALL.format(repository=repository())
+def install_cell(lab: str) -> str:
+    """The first code cell of a lab, named by its number; "00" is the start page."""
+    return INSTALL.format(repository=repository(), lab=lab)
 
 
 def grading(name: str, checks: bool) -> dict[str, Any]:
@@ -87,7 +97,7 @@ def notebook(paper: Paper):
     )
     cells = [
         v4.new_markdown_cell(head),
-        v4.new_code_cell(install_cell(), metadata=hidden),
+        v4.new_code_cell(install_cell(str(paper.lab)), metadata=hidden),
         v4.new_code_cell(setup, metadata=hidden),
     ]
     for name in exercise_names(paper) if paper.paths["exercises"].is_file() else []:

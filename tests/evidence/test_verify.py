@@ -64,4 +64,5 @@ def test_the_wheel_carries_data_and_catalogue(tmp_path):
     assert "lablib/papers/markov-chains.toml" in names
     assert "lablib/papers/_themes.toml" in names
     assert "lablib/_data/results/markov-chains.json" in names
+    assert "lablib/_labs/02-theory/201-markov-chains.ipynb" in names
     assert any(name.startswith("lablib/_data/models/tiny-1m/") for name in names)

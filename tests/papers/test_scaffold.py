@@ -19,6 +19,7 @@ def elsewhere(tmp_path, monkeypatch):
     (tmp_path / "labs").mkdir()
     for place in ("lablib.papers.project_dir", "lablib.papers.scaffold.project_dir"):
         monkeypatch.setattr(place, lambda: tmp_path)
+    monkeypatch.setattr("lablib.papers.labs_dir", lambda: tmp_path / "labs")
     monkeypatch.setattr("lablib.papers.PACKAGE", tmp_path / "lablib")
     return tmp_path
 
@@ -39,7 +40,7 @@ def test_badges_and_install_cell_are_as_derived(path):
     book = nbformat.read(path, as_version=4)
     place = path.relative_to(project_dir()).as_posix()
     assert scaffold.badges(place) in book.cells[0].source
-    assert book.cells[1].source == scaffold.install_cell()
+    assert book.cells[1].source == scaffold.install_cell(path.name.partition("-")[0])
     assert book.cells[1].metadata["jupyter"]["source_hidden"]
 
 

@@ -1,0 +1,1 @@
+"""The labs as a static website: notebooks staged for Sphinx, figures drawn, explorers replayed."""
