@@ -17,6 +17,12 @@ install = set -o pipefail; echo "installing packages into $(VENV)"; \
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(1)]' \
 	| awk '/^(Collecting|Building|Installing|Successfully)/ {print "  " $$1 " " $$2; fflush()}'
 
+# $(call on-top,FOLDER,EXTRA): an environment that has .venv's packages below its own.
+on-top = set -e; echo "installing the extra $(2) into $(1)"; $(BIN)/python -m venv --clear $(1); \
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"; \
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(2)]'
+
 .PHONY: help setup test-setup lab test lint unit labs test-browser test-binder test-colab test-course course hub test-hub hub-figures site test-site frames verify study coverage bench doctor checkpoints wheel clean
 
 help: ## this list
@@ -78,11 +84,7 @@ test-colab: test-setup $(COLAB_ENV)/ready ## every lab with Colab's packages; LA
 
 # nbgrader lies in an environment of its own, on top of the one that the other tests run in.
 $(COURSE_ENV)/ready-$(PYVER): pyproject.toml constraints.txt | $(READY)
-	@$(BIN)/python -m venv --clear $(COURSE_ENV)
-	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> $$($(COURSE_ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
-	@echo "installing nbgrader into $(COURSE_ENV)"
-	@$(COURSE_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[grading]'
+	@$(call on-top,$(COURSE_ENV),grading)
 	@touch $@
 
 test-course: test-setup $(COURSE_ENV)/ready-$(PYVER) ## grade submissions, honest ones and cheats, with nbgrader
@@ -100,11 +102,7 @@ course: setup $(READY)-grading ## make course LABS="302 701" or THEMES=experts [
 # JupyterHub likewise, with the proxy that it needs (npm comes with Node.js).
 $(HUB_ENV)/ready-$(PYVER): pyproject.toml constraints.txt | $(READY)
 	@command -v npm >/dev/null || { echo "JupyterHub's proxy needs Node.js: install nodejs and npm"; exit 1; }
-	@$(BIN)/python -m venv --clear $(HUB_ENV)
-	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> $$($(HUB_ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
-	@echo "installing JupyterHub into $(HUB_ENV)"
-	@$(HUB_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[jupyterhub]'
+	@$(call on-top,$(HUB_ENV),jupyterhub)
 	@npm install --silent --no-audit --no-fund --prefix build/chp configurable-http-proxy@5.3.0
 	@touch $@
 
@@ -119,11 +117,7 @@ hub-figures: test-setup $(HUB_ENV)/ready-$(PYVER) ## measure the hub: memory and
 
 # Sphinx likewise; it needs Python 3.11 or later.
 $(SITE_ENV)/ready-$(PYVER): pyproject.toml constraints.txt | $(READY)
-	@$(BIN)/python -m venv --clear $(SITE_ENV)
-	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> $$($(SITE_ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
-	@echo "installing Sphinx into $(SITE_ENV)"
-	@$(SITE_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[site]'
+	@$(call on-top,$(SITE_ENV),site)
 	@touch $@
 
 site: $(READY) $(SITE_ENV)/ready-$(PYVER) ## all labs as a static site in build/site; its last line says how long it took

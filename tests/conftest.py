@@ -7,6 +7,7 @@ import subprocess
 import pytest
 import torch
 
+from lablib.chromium import chromium
 from lablib.paths import project_dir
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -52,3 +53,11 @@ def copy_project():
                 shutil.copy2(root / name, folder / name)
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium of the system."""
+    pytest.importorskip("playwright.sync_api")
+    with chromium() as found:
+        yield found

@@ -13,7 +13,6 @@ from lablib.files import atomic_write
 from lablib.papers import Paper, papers, theme_folder, themes
 from lablib.paths import project_dir
 
-BEGIN, END = "<!-- coverage: begin -->", "<!-- coverage: end -->"
 MARKS = {REPRODUCED: "✔ reproduced", "not reproduced at this scale": "✘ not reproduced"}
 
 
@@ -82,7 +81,15 @@ def tables() -> dict[Path, str]:
             made[folder / "README.md"] = _theme(about["title"], mine)
     for readme, table in ((root / "README.md", _overview), (root / "binder/README.md", _course)):
         made[readme] = between_markers(readme.read_text("utf-8"), table(rows))
+    made[readme] = between_markers(made[readme], _hub(rows), "hub")
     return made
+
+
+def _hub(rows: list[State]) -> str:
+    """The instructor's other table: what a JupyterHub takes, and the largest lab on it."""
+    from lablib.hub.table import stored, table
+
+    return table(stored(), [row.result["peak_gb"] for row in rows if row.result])
 
 
 def _overview(rows: list[State]) -> str:
@@ -190,12 +197,18 @@ def _minutes(row: State) -> str:
     return f"{row.result['seconds'] / 60:.1f} ({row.result['tier']})"
 
 
-def between_markers(text: str, table: str) -> str:
-    """The text with `table` between its markers. Raises ValueError without them."""
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"the README lacks {BEGIN} and {END}")
-    head, rest = text.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n{table}\n{END}{rest.split(END, 1)[1]}"
+def markers(name: str = "coverage") -> tuple[str, str]:
+    """What stands before and after a generated table in a README."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def between_markers(text: str, table: str, name: str = "coverage") -> str:
+    """The text with `table` between the markers of that name. Raises ValueError without them."""
+    begin, end = markers(name)
+    if begin not in text or end not in text:
+        raise ValueError(f"the README lacks {begin} and {end}")
+    head, rest = text.split(begin, 1)
+    return f"{head}{begin}\n{table}\n{end}{rest.split(end, 1)[1]}"
 
 
 def update() -> list[Path]:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from lablib.evidence.coverage import BEGIN, END
+from lablib.evidence.coverage import markers
 from lablib.files import atomic_write
 from lablib.lab.figures import PLOTLY, bundle
 from lablib.lab.map import paper_map
@@ -69,7 +69,8 @@ def _front() -> str:
     """The front page: the README's promise and table, the map of papers, a row a lab."""
     readme = (project_dir() / "README.md").read_text("utf-8")
     promise = re.search(r"^\*\*.*?\*\*$", readme, re.MULTILINE | re.DOTALL)[0]
-    overview = readme.split(BEGIN)[1].split(END)[0].strip().replace("/README.md", "/index.md")
+    begin, end = markers()
+    overview = readme.split(begin)[1].split(end)[0].strip().replace("/README.md", "/index.md")
     labs = (project_dir() / "labs" / "README.md").read_text("utf-8")
     labs = labs.replace("# The labs", "## The labs", 1).replace("](", "](labs/")
     plot = bundle(paper_map(), MAP)

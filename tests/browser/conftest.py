@@ -18,7 +18,6 @@ from lablib.paths import project_dir
 
 sys.path.insert(0, str(Path(__file__).parent))  # `choice` and `driving` lie beside the tests
 
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SETTINGS = '{"windowingMode": "none", "autoStartDefaultKernel": true}'
 
 
@@ -78,23 +77,6 @@ def _wait_for(address, server, seconds=90):
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)
     raise AssertionError(f"JupyterLab did not answer in {seconds} s")
-
-
-@pytest.fixture(scope="session")
-def browser():
-    """Headless Chromium of the system."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    path = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
-    if path is None:
-        pytest.fail("no Chromium on this machine: install the system's chromium package")
-    flags = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-    flags += ["--disable-component-update", "--disable-sync"]
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        flags.append("--no-sandbox")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=path, args=flags)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

@@ -6,9 +6,7 @@ with an Output widget of their own; and a bare page puts in an output's HTML as 
 
 import contextlib
 import json
-import os
 import secrets
-import shutil
 import socket
 import subprocess
 import urllib.request
@@ -21,7 +19,6 @@ from lablib.paths import project_dir
 
 pytestmark = pytest.mark.colab
 
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SHOTS = project_dir() / "build/screenshots"
 CELL = """
 from lablib.lab import explore, figures
@@ -48,18 +45,12 @@ INSERT = """html => {
 
 
 @pytest.fixture
-def page():
+def page(browser):
     """A page of headless Chromium that has no network but Plotly's script, from the package."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    path = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
-    assert path, "no Chromium on this machine: install the system's chromium package"
-    flags = ["--disable-background-networking", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=flags)
-        page = browser.new_page(viewport={"width": 1000, "height": 900})
-        page.route("https://cdn.plot.ly/**", lambda route: route.fulfill(body=plotly()))
-        yield page
-        browser.close()
+    page = browser.new_page(viewport={"width": 1000, "height": 900})
+    page.route("https://cdn.plot.ly/**", lambda route: route.fulfill(body=plotly()))
+    yield page
+    page.close()
 
 
 def plotly():

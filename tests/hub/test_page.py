@@ -4,7 +4,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_markdown_cell
 
-from lablib.hub.page import chromium, first_picture, log_in
+from lablib.chromium import chromium
+from lablib.hub.page import first_picture, log_in
 from lablib.paths import project_dir
 
 pytestmark = pytest.mark.hub

@@ -1,8 +1,6 @@
 """The site, built once, served on loopback below a secret folder, and read in headless Chromium."""
 
-import os
 import secrets
-import shutil
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -10,8 +8,6 @@ import pytest
 
 from lablib.paths import project_dir
 
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
-FLAGS = ["--disable-gpu", "--no-first-run", "--disable-background-networking"]
 SHOTS = project_dir() / "build" / "screenshots"
 
 
@@ -45,20 +41,6 @@ def address(site):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}{secret}"
         server.shutdown()
-
-
-@pytest.fixture(scope="session")
-def browser():
-    """Headless Chromium of the system."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    path = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
-    if path is None:
-        pytest.fail("no Chromium on this machine: install the system's chromium package")
-    root = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=path, args=FLAGS + root)
-        yield chromium
-        chromium.close()
 
 
 class Reader:
