@@ -140,7 +140,11 @@ def _study(options: argparse.Namespace) -> int:
                 points="TUNING" if options.tuning else "POINTS",
                 done=lambda row: print(f"{row['seconds']:7.1f} s  {row['point']}", flush=True),
             )
-    if options.tuning or (options.shard != (1, 1) and not options.check):
+    if options.tuning:
+        return 0
+    if options.shard != (1, 1) and not options.check:
+        k, n = options.shard
+        print(f"shard {k} of {n} is done; the one that is done last writes {study.path.name}")
         return 0
     found = study.problems()
     for verdict in [] if found else study.verdicts():

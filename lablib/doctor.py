@@ -110,5 +110,5 @@ def _prepared() -> Iterator[Finding]:
         return
     if missing := [step.name for step in steps if not step.is_ready()]:
         yield Finding("fix", f"not ready: {', '.join(missing)}", "python -m lablib setup")
-    if ready := [step.name for step in steps if step.name not in missing]:
-        yield Finding("ok", f"ready: {', '.join(ready)}")
+    if ready := len(steps) - len(missing):
+        yield Finding("ok", f"{ready} corpora, tasks and models are ready")

@@ -51,14 +51,14 @@ def test_doctor_looks_into_the_files(small, capsys):
     assert "FIX  not ready: corpus bible, model minilm-l6-v2" in said()
     assert main(["setup"]) == 0
     assert "[2/2] model minilm-l6-v2" in capsys.readouterr().out
-    assert "ok   ready: corpus bible, model minilm-l6-v2" in said()
+    assert "ok   2 corpora, tasks and models are ready" in said()
     weights = small / "models" / "minilm-l6-v2" / "model.safetensors"
     weights.write_bytes(b"\xff" * weights.stat().st_size)
     (small / "corpora" / "bible.jsonl").write_text("")
     assert "FIX  not ready: corpus bible, model minilm-l6-v2" in said()
     with pytest.warns(UserWarning, match="cut or changed"):
         assert main(["setup"]) == 0
-    assert "ok   ready: corpus bible, model minilm-l6-v2" in said()
+    assert "ok   2 corpora, tasks and models are ready" in said()
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(small, tmp_path, monkeypatch, capsys):

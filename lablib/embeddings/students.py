@@ -1,4 +1,8 @@
-"""Contrastive training of an encoder: the same batches, steps and schedule in every lab."""
+"""Contrastive training of an encoder: the same batches, steps and schedule in every lab.
+
+Over `compression.recover`, a loop that trains a part of a model in place, since most students here
+are cut or adapted ones.
+"""
 
 from __future__ import annotations
 

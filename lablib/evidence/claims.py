@@ -66,14 +66,18 @@ def _number(claim: Claim, values: Any):
     rows = np.atleast_1d(np.asarray(values, dtype=float))
     if not rows.size:
         raise ValueError(f"claim {claim.id}: no value was given")
+    if len(rows) > 1 and np.ptp(rows) == 0:
+        raise ValueError(f"claim {claim.id}: all {len(rows)} values are one and the same; give one")
     mean, low, high = _interval(claim, rows)
     bounds = (mean, mean) if len(rows) == 1 else (low, high)
-    off = max(abs(bound - claim.value) for bound in (mean, *bounds)) / abs(claim.value)
+    offs = [abs(bound - claim.value) / abs(claim.value) for bound in (mean, *bounds)]
+    off = max(offs)
     verdict = REPRODUCED if off <= claim.tolerance else NOT_REPRODUCED
     unit = f" {claim.unit}" if claim.unit else ""
     spread = f" {_bracket(low, high)}, {len(rows)} seeds," if len(rows) > 1 else ""
-    beside = f"{mean:.6g}{unit}{spread} beside {claim.value:g}"
-    summary = f"{beside} (off by {off:.2%}; {claim.tolerance:.2%} allowed)"
+    beside = f"{mean:.{3 if len(rows) > 1 else 6}g}{unit}{spread} beside {claim.value:g}"
+    told = f"off by {offs[0]:.2%}" + (f", its far end by {off:.2%}" if len(rows) > 1 else "")
+    summary = f"{beside} ({told}; {claim.tolerance:.2%} allowed)"
     return verdict, mean, None if len(rows) == 1 else bounds, summary, rows.tolist()
 
 
@@ -127,10 +131,8 @@ def _direction(claim: Claim, values: Any):
         summary = f"{_effect(claim, back(mean))}; {len(rows)} of {MIN_SEEDS} seeds"
         return NOT_JUDGED, back(mean), None, summary, kept
     clear = high < 0 if claim.better == "lower" else low > 0
-    summary = (
-        f"{_effect(claim, back(mean))} {_bracket(back(low), back(high))}; {_better(claim)}; "
-        f"{len(rows)} seeds"
-    )
+    spread = _bracket(back(low), back(high), back(0))
+    summary = f"{_effect(claim, back(mean))} {spread}; {_better(claim)}; {len(rows)} seeds"
     return (
         REPRODUCED if clear else NOT_REPRODUCED,
         back(mean),
@@ -175,8 +177,11 @@ def _effect(claim: Claim, effect: float) -> str:
     return f"{effect:.3g} times{unit}" if claim.effect == "ratio" else f"{effect:+.3g}{unit}"
 
 
-def _bracket(low: float, high: float) -> str:
-    return f"[{low:.3g}, {high:.3g}]"
+def _bracket(low: float, high: float, neutral: float | None = None) -> str:
+    """Both ends, with as many digits as tell them from where there is no effect."""
+    ends = [(f"{end:.3g}", f"{end:.5g}") for end in (low, high)]
+    short, long = zip(*ends)
+    return f"[{', '.join(long if neutral is not None and f'{neutral:g}' in short else short)}]"
 
 
 def _better(claim: Claim) -> str:

@@ -1,19 +1,24 @@
 """What was measured, as tables, and what is wrong with it. Nothing in a table is typed by hand."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from lablib.evidence.claims import REPRODUCED, judge
 from lablib.evidence.fingerprints import notebook_hash
-from lablib.evidence.studies import Study, other_content, pinned
+from lablib.evidence.studies import Study, StudyError, other_content, pinned
 from lablib.files import atomic_write
 from lablib.papers import Paper, papers, theme_folder, themes
-from lablib.paths import project_dir
+from lablib.paths import data_dir, project_dir
 
 MARKS = {REPRODUCED: "✔ reproduced", "not reproduced at this scale": "✘ not reproduced"}
+GRADING = data_dir() / "measured" / "grading.json"  # by notebook: what grading a submission takes
+JUDGED = ("summary", "verdict", "kind", "measured", "interval")  # what a verdict's values give
 
 
 @dataclass(frozen=True)
@@ -130,18 +135,32 @@ def _labs(rows: list[State]) -> str:
 
 def _course(rows: list[State]) -> str:
     """The instructor's page: what a lab asks of a student and of a machine, and its points."""
-    lines = ["| lab | minutes | memory, GB | points |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| lab | minutes | memory, GB | graded in, seconds | memory then, GB | points |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     start = project_dir() / "labs" / "00-start-here.ipynb"
-    lines.append(_row(f"[00](../labs/{start.name}) Start here", "", "", str(points(start))))
+    about = f"[00](../labs/{start.name}) Start here"
+    lines.append(_row(about, "", "", *_graded(start), str(points(start))))
     for row in rows:
         if row.present:
             place = f"../labs/{theme_folder(row.paper.part, row.paper.theme)}/{row.paper.lab_name}"
             seen = row.result or {}
             peak = f"{seen['peak_gb']:.1f}" if seen.get("peak_gb") else ""
             lab = f"[{row.paper.lab}]({place}) {row.paper.title}"
-            worth = str(points(row.paper.paths["lab"]))
-            lines.append(_row(lab, _minutes(row) + _stale(row), peak, worth))
+            path = row.paper.paths["lab"]
+            worth = str(points(path))
+            lines.append(_row(lab, _minutes(row) + _stale(row), peak, *_graded(path), worth))
     return "\n".join(lines)
+
+
+def _graded(notebook: Path) -> tuple[str, str]:
+    """Seconds and memory of a run at the smoke tier, as `bench labs` has stored them."""
+    known = json.loads(GRADING.read_text("utf-8")) if GRADING.is_file() else {}
+    seen = known.get(notebook.stem)
+    if not seen:
+        return "", ""
+    return f"{seen['seconds']:.0f}", f"{seen['peak_gb']:.1f}" if seen["peak_gb"] else ""
 
 
 def points(notebook: Path) -> int:
@@ -253,6 +272,10 @@ def problems_of(row: State) -> list[str]:
         for name in other_content(row.result["content"])
         if pinned(name)
     ]
+    if row.result["tier"] == "smoke":
+        found.append(f"{slug} was measured at the smoke tier, which tells nothing: {again}")
+    if not row.result["content"]:
+        found.append(f"the result of {slug} names no corpus and no model that it opened: {again}")
     found += _judged_again(row, set(ids) & set(known))
     study = Study(row.paper)
     return found + (study.problems(canary=False) if study.exists else [])
@@ -261,27 +284,47 @@ def problems_of(row: State) -> list[str]:
 def _judged_again(row: State, ids: set[str]) -> list[str]:
     """Where a stored verdict is not what its stored values, or the study's runs, give."""
     study = Study(row.paper)
-    runs = study.exists and study.path.is_file()
-    values = study.module.values(study.runs()) if runs else {}
-    found = []
-    for stored in row.result["claims"]:
-        if stored["claim"] not in ids:
-            continue
-        claim = row.paper.claim(stored["claim"])
-        from_study = stored["source"] == "study"
-        if claim.kind == "direction" and not from_study:
-            found.append(f"{row.paper.slug}, {claim.id}: a direction is judged on a study's runs")
-        if from_study and claim.id not in values:
-            found.append(f"{row.paper.slug}, {claim.id}: the study gives no values for it")
-            continue
-        try:
-            again = judge(claim, values[claim.id] if from_study else stored["values"])
-        except (ValueError, KeyError, TypeError) as error:
-            found.append(f"{row.paper.slug}, {claim.id}: {error}")
-            continue
-        if (again.verdict, again.summary) != (stored["verdict"], stored["summary"]):
-            found.append(
-                f"{row.paper.slug}, {claim.id}: stored is {stored['verdict']!r} "
-                f"({stored['summary']}), its values give {again.verdict!r} ({again.summary})"
-            )
-    return found
+    try:
+        runs = study.exists and study.path.is_file()
+        values = study.module.values(study.runs()) if runs else {}
+    except StudyError as error:
+        return [str(error)]
+    stored = [claim for claim in row.result["claims"] if claim["claim"] in ids]
+    wrong = ((claim["claim"], _wrong(row.paper, claim, values)) for claim in stored)
+    return [f"{row.paper.slug}, {id}: {text}" for id, text in wrong if text]
+
+
+def _wrong(paper: Paper, stored: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    """What is wrong with one stored verdict; nothing when it follows from its values.
+
+    values: what the study gives, a claim each.
+    """
+    claim = paper.claim(stored["claim"])
+    source = stored.get("source")
+    if source not in ("lab", "study"):
+        return f"its source is {source!r}, neither lab nor study"
+    if claim.kind == "direction" and source == "lab":
+        return "a direction is judged on a study's runs"
+    if source == "study" and claim.id not in values:
+        return "the study gives no values for it"
+    if source == "lab" and claim.id in values:
+        return "the study gives values for it, and the lab's were taken"
+    try:
+        again = judge(claim, values[claim.id] if source == "study" else stored["values"])
+    except (ValueError, KeyError, TypeError) as error:
+        return str(error)
+    made = json.loads(json.dumps(asdict(again)))
+    key = next((key for key in JUDGED if not _same(made, stored, key)), None)
+    return (
+        ""
+        if key is None
+        else (f"stored as its {key} is {stored.get(key)!r}, its values give {made[key]!r}")
+    )
+
+
+def _same(made: Mapping[str, Any], stored: Mapping[str, Any], key: str) -> bool:
+    """Whether two records have the same under a key, to the digits that machines agree on."""
+    ours, theirs = made[key], stored.get(key)
+    if key in ("measured", "interval") and ours is not None and theirs is not None:
+        return bool(np.allclose(ours, theirs, rtol=1e-6, atol=1e-12))
+    return ours == theirs

@@ -38,6 +38,29 @@ def code_hash(*roots: str, package: Path = PACKAGE) -> str:
     return code.digest(code.reached(names))
 
 
+def constants(*roots: str, package: Path = PACKAGE) -> dict[str, str]:
+    """The constants of studies that `roots` reach: "glam.TUNED['dense']" -> a hash of its value.
+
+    An entry a key, where a constant is a dictionary. Values are compared as they are written.
+    """
+    code = _code(package)
+    rows: dict[str, str] = {}
+    for module, name in sorted(code.reached({tuple(root.split(":")) for root in roots})):
+        if module.startswith("studies."):
+            for value in code.module(module).values(name):
+                rows |= _entries(f"{module.removeprefix('studies.')}.{name}", value)
+    return rows
+
+
+def _entries(name: str, value: ast.expr) -> dict[str, str]:
+    if not isinstance(value, ast.Dict) or not all(isinstance(k, ast.Constant) for k in value.keys):
+        return {name: _short(dump(value))[:8]}
+    parts = zip(value.keys, value.values)
+    return {
+        k: v for key, part in parts for k, v in _entries(f"{name}[{key.value!r}]", part).items()
+    }
+
+
 def notebook_hash(path: Path, package: Path = PACKAGE) -> str:
     """The same for what a notebook's claims are computed from, figures and prose left out."""
     text = path.read_text("utf-8")
@@ -253,6 +276,11 @@ class Module:
                 yield self.name, chain[0]
             elif chain[0] in self.imports:
                 yield from self.code.follow_import(self.imports[chain[0]], chain[1:])
+
+    def values(self, definition: str) -> list[ast.expr]:
+        """What is assigned to a constant; nothing for functions and classes."""
+        nodes = self.definitions.get(definition, [])
+        return [node.value for node in nodes if isinstance(node, (ast.Assign, ast.AnnAssign))]
 
     @cache  # noqa: B019 - a module lives as long as the process
     def dump(self, definition: str) -> str:

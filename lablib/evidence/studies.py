@@ -35,7 +35,7 @@ from typing import Any
 
 from lablib.evidence import fingerprints
 from lablib.evidence.claims import Pair, Verdict, judge
-from lablib.evidence.sweeps import call, sweep
+from lablib.evidence.sweeps import call, finished, sweep
 from lablib.files import atomic_write
 from lablib.papers import Paper, paper, papers
 from lablib.paths import PACKAGE, cache_dir, data_dir
@@ -44,6 +44,7 @@ Run = dict[str, Any]
 PACKAGES = ("torch", "lightning", "transformers", "numpy", "scipy", "plotly", "ipywidgets")
 ALLOWED = 1e-4  # a canary's difference, relative to its value or to 1
 LIMIT_KB = 200
+PLAN = ("POINTS", "TUNING", "CANARY", "GPU_POINTS", "ROLES", "READS", "LIMIT_KB")
 
 
 class StudyError(RuntimeError):
@@ -179,6 +180,22 @@ class Study:
         """The hash of what `run` reaches."""
         return fingerprints.code_hash(f"studies.{self.paper.name}:run")
 
+    def constants(self) -> dict[str, str]:
+        """The constants of studies that `run` reaches, each with a hash of its value.
+
+        What says which runs there are, and what judges them, is none: no run depends on it.
+        """
+        found = fingerprints.constants(f"studies.{self.paper.name}:run")
+        return {name: value for name, value in found.items() if not _is_plan(name)}
+
+    def changed_constants(self) -> list[str]:
+        """Those that have another value than when the stored runs were made.
+
+        A canary reads few of them: what was tuned for other kinds of runs, it can't tell.
+        """
+        stored, now = self.read()[0].get("constants", {}), self.constants()
+        return [name for name, value in now.items() if stored.get(name, value) != value]
+
     def read(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The header and the rows, {"point", "result", "seconds"}, as they are stored.
 
@@ -256,9 +273,10 @@ class Study:
         """Make the runs that are missing, and write the file.
 
         shard: (k, n) makes the k-th of n parts of them and leaves the file to the call that finds
-        all parts done. Rows of changed code are made again, unless the canary tells that nothing
-        changed. Raises RunFailed as `sweep` does; what was finished is kept. A study without runs
-        of its own has nothing to make: those that it reads are made by their own name.
+        all parts done. Rows of changed code are made again, unless its constants are the same and
+        the canary tells that nothing changed. Raises RunFailed as `sweep` does; what was finished
+        is kept. A study without runs of its own has nothing to make: those that it reads are made
+        by their own name.
         """
         if not self.has_own:
             return
@@ -271,7 +289,8 @@ class Study:
         folder = cache_dir() / "sweeps" / self.paper.slug
         mine = missing[shard[0] - 1 :: shard[1]]
         options = {"code": code, "executor": executor, "workers": workers, "done": done}
-        made = sweep(self.module.run, mine, folder, **options)
+        sweep(self.module.run, mine, folder, **options)
+        made = finished(missing, folder, code=code)  # by other shards, too
         stored |= {_text(row["point"]): row for row in made}
         if all(_text(point) in stored for point in wanted) or shard == (1, 1):
             self._write(code, [stored[_text(p)] for p in every if _text(p) in stored])
@@ -280,13 +299,16 @@ class Study:
         if not self.path.is_file():
             return {}
         header, rows = self.read()
-        same = header["code"] == code or self.difference_of_canary() <= ALLOWED
+        same = header["code"] == code or (
+            not self.changed_constants() and self.difference_of_canary() <= ALLOWED
+        )
         return {_text(row["point"]): row for row in rows} if same else {}
 
     def _write(self, code: str, rows: list[dict]) -> None:
         header = {
             "study": self.paper.slug,
             "code": code,
+            "constants": self.constants(),
             "canary": self.canary(),
             "content": opened_content(),
             "device": device(),
@@ -321,6 +343,9 @@ class Study:
                 for name in other
                 if pinned(name)
             ]
+        if constants := self.changed_constants():
+            names = ", ".join(constants)
+            return [*found, f"the study of {self.paper.slug} is stale, {names} changed; {again}"]
         changed = header["code"] != self.code()
         if (canary or changed) and (difference := self.difference_of_canary()) > ALLOWED:
             why = "code changed" if changed else "results differ on this machine"
@@ -361,6 +386,10 @@ def comparable(key: str, value: Any) -> bool:
 def off(value: float, stored: float) -> float:
     """The difference of two numbers, relative to the stored one where that is above 1."""
     return abs(value - stored) / max(1.0, abs(stored))
+
+
+def _is_plan(constant: str) -> bool:
+    return constant.partition("[")[0].rpartition(".")[2] in PLAN
 
 
 def _text(point: Mapping[str, Any]) -> str:

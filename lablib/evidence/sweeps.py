@@ -67,12 +67,20 @@ def sweep(
     """
     _importable(function)
     folder, points = Path(folder), [_plain(point) for point in points]
-    files = [folder / f"{_key(point, code)}.json" for point in points]
+    files = [row_file(folder, point, code) for point in points]
     missing = {file: point for file, point in zip(files, points) if not file.is_file()}
     if missing:
         with _executor(executor, min(workers, len(missing))) as (pool, size):
             _run_all(pool, size, function, missing, done)
     return [json.loads(file.read_text("utf-8")) for file in files]
+
+
+def finished(
+    points: Sequence[Mapping[str, Any]], folder: str | Path, *, code: str = ""
+) -> list[dict[str, Any]]:
+    """The rows that a sweep of any process has left in `folder`, in the points' order."""
+    files = [row_file(Path(folder), _plain(point), code) for point in points]
+    return [json.loads(file.read_text("utf-8")) for file in files if file.is_file()]
 
 
 def _run_all(pool: Executor, size: int, function, missing: dict[Path, Point], done) -> None:
@@ -208,6 +216,7 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{value!r} is no number, text, list or dict of them")
 
 
-def _key(point: Point, code: str) -> str:
+def row_file(folder: Path, point: Point, code: str) -> Path:
+    """Where a sweep keeps the row of one point, made by the code of this hash."""
     text = json.dumps([point, code], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"

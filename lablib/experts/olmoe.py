@@ -105,18 +105,6 @@ def olmoe_(
 
 
 @torch.no_grad()
-def truncated_normal_(model: nn.Module, std: float = 0.02, cutoff: float = 3.0) -> nn.Module:
-    """Draw all weight matrices again from a normal distribution cut at cutoff deviations.
-
-    Source: section 4.2.2 and Figure 13; 0.02 and 3 in the model's configuration.
-    """
-    for parameter in model.parameters():
-        if parameter.ndim >= 2:
-            nn.init.trunc_normal_(parameter, 0.0, std, -cutoff * std, cutoff * std)
-    return model
-
-
-@torch.no_grad()
 def routes(model: nn.Module, tokens: Tensor) -> Tensor:
     """Which experts each token asks for: (layers, batch * length, top_k) int64, best first.
 

@@ -5,9 +5,9 @@ from typing import Any
 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = (
-    *("circle", "square", "diamond", "triangle-up", "x", "cross"),
-    *("star", "triangle-down", "hexagon", "hourglass"),
-)
+    "circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down", "hexagon",
+    "hourglass",
+)  # fmt: skip
 HATCHES = ("", "/", ".", "\\", "x", "-", "+", "|")
 # What a trace is drawn as -> its signs, and where in the trace the sign stands.
 SIGNS: dict[str, tuple[Sequence[str], tuple[str, ...]]] = {

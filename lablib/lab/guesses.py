@@ -12,6 +12,7 @@ from IPython.display import display
 from lablib.evidence import tiers
 from lablib.lab import figures
 from lablib.lab.place import place
+from lablib.lab.veil import veiled
 from lablib.lab.widgets import STYLE, WIDE, Panel, moves, rehearsed, slider, view
 
 HIDDEN = "Hidden until you have committed to a guess above, or ask."
@@ -30,7 +31,9 @@ class Guess:
         self.options = tuple(options)
         self.value: Any = None
         self.button = ipywidgets.Button(description="This is my guess")
-        self.button.disabled = picker.value is None
+        self.button.disabled = (
+            True  # until the reader has chosen: where a slider stands is no guess
+        )
         self.show_me: ipywidgets.Button | None = None
         self._reply, self._answer, self._below = place(), place(), place()
         picker.observe(self._picked, names="value")
@@ -66,6 +69,8 @@ class Guess:
         """
         self.actual, self.meaning = actual, meaning
         self._picture = None if figure is None else figures.bundle(figure)
+        if self._picture and tiers.static():
+            self._picture = veiled(self._picture)
         self._answer, self._below = place(), place()
         hidden = self.value is None and not tiers.static()
         told = self._folded() if tiers.static() else self._told(self.value)

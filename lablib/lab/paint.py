@@ -11,9 +11,9 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7
 INK, PAPER = "#333333", "#ffffff"
 # Grounds for sixteen kinds of words, under black letters. Each has lines of its own, too.
 GROUNDS = (
-    *("#56b4e9", "#e69f00", "#7fcdbb", "#cc79a7", "#b8b8b8", "#f0e442", "#ff9e80", "#b2df8a"),
-    *("#9fa8da", "#80deea", "#dce775", "#bcaaa4", "#f48fb1", "#ffcc80", "#a5d6a7", "#ce93d8"),
-)
+    "#56b4e9", "#e69f00", "#7fcdbb", "#cc79a7", "#b8b8b8", "#f0e442", "#ff9e80", "#b2df8a",
+    "#9fa8da", "#80deea", "#dce775", "#bcaaa4", "#f48fb1", "#ffcc80", "#a5d6a7", "#ce93d8",
+)  # fmt: skip
 _LINES = ("none", "solid", "dotted", "dashed")
 
 

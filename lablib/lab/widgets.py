@@ -67,6 +67,8 @@ def moves(widget: ipywidgets.Widget) -> list[tuple[str, Any]]:
         return [("value", False), ("value", True)]
     if isinstance(value, str):
         return [("value", text) for text in TEXTS]
+    if isinstance(value, tuple) and value and all(isinstance(one, bool) for one in value):
+        return [("value", (on,) * len(value)) for on in (False, True)]  # a pad of switches
     if isinstance(value, (int, float)) and hasattr(widget, "min"):
         base = getattr(widget, "base", None)  # of a logarithmic slider, whose ends are exponents
         ends = (widget.min, widget.max)

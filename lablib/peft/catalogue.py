@@ -325,7 +325,7 @@ METHODS: dict[str, Method] = {
         "reparameterized",
         ("reparametrization",),
         r"p(BA \mid \text{data}) \approx \mathcal{N}",
-        why_not="it comes after training, for confidence: lab 704",
+        why_not="it comes after training, for confidence; over the head alone: lab 704",
     ),
     "SPoT": Method(
         "Vu et al., 2022",
@@ -381,7 +381,7 @@ METHODS: dict[str, Method] = {
         "hybrid",
         ("adapters", "soft prompts", "structured selection", "reparametrization"),
         r"\text{four groups of blocks, each with methods of its own}",
-        why_not="its four groups need more blocks than the models here have",
+        why_not="it needs four blocks and more: `peft_guide.s4_`, lab 714",
     ),
 }
 BUILT = tuple(name for name, method in METHODS.items() if method.put is not None)

@@ -89,6 +89,8 @@ def fit(
     table: (m,) positive numbers for each of the law's columns and for `target`.
     loss: "log-huber", Huber's loss of `delta` on log residuals (Hoffmann et al., 2022, appendix
         D.3); "log-squares"; or "squares" of plain residuals. Each is summed, with a factor 1/2.
+    delta: where Huber's loss turns from squares to sizes. 1e-3 is Hoffmann et al.'s; on the grid of
+        this theme seeds differ by more, so that nearly all residuals count by size (lab 401).
     fixed: parameters that are held. starts: values by parameter to begin at, in the grid's place.
     weights: (m,), how often each row counts.
     Raises ValueError for another loss, rows that are no positive numbers or too few, and unknown

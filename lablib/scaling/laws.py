@@ -4,6 +4,11 @@ A law gives the logarithm of what it predicts, so that sums of powers are comput
 and residuals are relative. Sources: Kaplan et al. (2020), equations 1.5 and 1.6; Hoffmann et al.
 (2022), approach 3; Muennighoff et al. (2023), section 3; Frantar et al. (2023); Abnar et al.
 (2025), equation 5; and the papers of labs 402, 406, 407 and 410.
+
+What N counts differs between the papers: Kaplan's laws and the hyperparameters' leave embedding and
+head out, Hoffmann's takes all parameters; of sparse models the generalized law counts the active,
+Frantar's the non-zero and Abnar's all. A law takes the N that a table gives it. D are tokens seen,
+U the different ones among them, S the share of parameters that is not active.
 """
 
 from __future__ import annotations

@@ -264,7 +264,7 @@ POINTS = [
     *grid(kind="all", seed=SEEDS),
 ]
 TUNING = [{"kind": "rates", "seed": 100}, {"kind": "rates", "seed": 100, "lower": True}]
-CANARY = {"kind": "thin", "seed": 200, "rate": 1e-3, "steps": 3, "judged": 100}
+CANARY = {"kind": "lora", "seed": 200, "rate": 1e-3, "steps": 2, "judged": 40}
 
 ROLES = {  # "competitive": whoever adds nothing is not
     "competitive": {"method": f"{BEST}_accuracy", "baseline": "head_accuracy"},

@@ -14,9 +14,9 @@ seed, too, with each source at its best rate.
 Queries that SmolLM2 wrote are kept where MiniLM finds their text among the first three; most that
 repeat the prompt's example, whatever the text, are thrown away so.
 
-Smaller than the specification has it, for time: tiny-1m instead of tiny-4m, a few hundred labels,
-one tuning seed, texts of 40 words. Of the paper's masks, which are learned, sizes of weights are
-left; heads and width stay.
+Smaller than the specification has it, for time: tiny-1m instead of tiny-4m, 60 steps, a few hundred
+labels, one tuning seed, texts of 40 words. Of the paper's masks, which are learned, sizes of
+weights are left; heads and width stay.
 """
 
 from __future__ import annotations
@@ -170,7 +170,11 @@ CANARY = {
 }  # fmt: skip
 
 ROLES = {
-    "augmented": {"method": "augmented others", "baseline": "few others"},
+    "augmented": {
+        "method": "augmented others",
+        "baseline": "few others",
+        "control": "before others",
+    },
     "start": {"method": "augmented mean", "baseline": "random start mean"},
     "mixed": {"method": "mixed mean", "baseline": f"{BEST_SINGLE} mean"},
 }

@@ -254,9 +254,18 @@ ROLES = {
     "echo": {
         "method": "SmolLM2, echo | verses",
         "baseline": "SmolLM2, mean | verses",
+        "control": "SmolLM2, mean but first | verses",
     },
-    "paraphrase": {"method": "tuned | verses", "baseline": "BM25 | verses"},
-    "identifiers": {"method": "BM25 | docstrings", "baseline": "tuned | docstrings"},
+    "paraphrase": {
+        "method": "tuned | verses",
+        "baseline": "BM25 | verses",
+        "control": "tiny-4m, mean | verses",
+    },
+    "identifiers": {
+        "method": "BM25 | docstrings",
+        "baseline": "tuned | docstrings",
+        "control": "tiny-4m, mean | docstrings",
+    },
     "prompts": {"method": "own prompts", "baseline": "one prompt"},
 }
 

@@ -5,11 +5,13 @@ the grid's:
 - shapes: four of nearly equal N, from 2 layers of width 80 to 12 of 32, half a MiB seen; beside
   them the depth of one of them at a quarter of N. The paper excepts models of fewer than two
   layers: one of ours, tried on the tuning seed alone, was far behind.
-- initialization: the usual deviation of 0.02 in the place of dim^-0.5, at three sizes and a quarter
-  of a MiB.
-Rates were tuned on another seed, three a factor 2 apart for each shape, size and start, and one
-more where the end of the three won clearly. Cut for time: the shapes see half of a MiB, not one. A
-deviation of 0.06 was tried as well, on that seed: it was near dim^-0.5 at every size and budget.
+- initialization: the usual deviation of 0.02 in the place of dim^-0.5, at three sizes, and at the
+  smallest and the largest budget that the grid's tuning has for each. A deviation of 0.06 was tried
+  on the tuning seed alone, at the same sizes and budgets, for time.
+Rates were tuned on another seed, three a factor 2 apart for each shape, size, start and budget, and
+one more where the end of the three won clearly. Cut for time: the shapes see half of a MiB, not
+one. The grid's runs from dim^-0.5 have one rate a width, whatever the budget, so that this start is
+not tuned more closely than its rivals.
 """
 
 import numpy as np
@@ -51,9 +53,6 @@ TRIED = {
     ("shape", 12, 32): (0.005, 0.01, 0.02, 0.04),
     ("one layer", 1, 112): (0.0025, 0.005, 0.01, 0.02),
     ("size", 3, 32): (0.01, 0.02, 0.04),
-    ("init", 1, 32): (0.005, 0.01, 0.02),
-    ("init", 2, 48): (0.004, 0.008, 0.016),
-    ("init", 3, 64): (0.0035, 0.007, 0.014),
 }
 TUNED = {
     ("base", 3, 64): 0.01,
@@ -61,9 +60,29 @@ TUNED = {
     ("shape", 6, 48): 0.01,
     ("shape", 12, 32): 0.02,
     ("size", 3, 32): 0.04,
-    ("init", 1, 32): 0.02,
-    ("init", 2, 48): 0.008,
-    ("init", 3, 64): 0.007,
+}
+# deviation of the weights, layers, width, bytes: the rates that were tried
+TRIED_STARTS = {
+    (0.02, 1, 32, SHORT): (0.005, 0.01, 0.02, 0.04),
+    (0.02, 2, 48, SHORT): (0.004, 0.008, 0.016),
+    (0.02, 3, 64, SHORT): (0.0035, 0.007, 0.014),
+    (0.02, 1, 32, LONG): (0.005, 0.01, 0.02, 0.04),
+    (0.02, 2, 48, LONG): (0.0025, 0.005, 0.01, 0.02),
+    (0.02, 3, 64, MB): (0.005, 0.01, 0.02),
+    (0.06, 1, 32, SHORT): (0.005, 0.01, 0.02, 0.04),
+    (0.06, 2, 48, SHORT): (0.0025, 0.005, 0.01, 0.02),
+    (0.06, 3, 64, SHORT): (0.005, 0.01, 0.02),
+    (0.06, 1, 32, LONG): (0.01, 0.02, 0.04),
+    (0.06, 2, 48, LONG): (0.005, 0.01, 0.02, 0.04),
+    (0.06, 3, 64, MB): (0.005, 0.01, 0.02),
+}
+TUNED_STARTS = {
+    (0.02, 1, 32, SHORT): 0.02,
+    (0.02, 2, 48, SHORT): 0.008,
+    (0.02, 3, 64, SHORT): 0.007,
+    (0.02, 1, 32, LONG): 0.01,
+    (0.02, 2, 48, LONG): 0.005,
+    (0.02, 3, 64, MB): 0.01,
 }
 
 
@@ -71,14 +90,22 @@ def points(rates: dict, seed) -> list[dict]:
     """A point for each group, size, rate and seed."""
     made = []
     for (group, layers, dim), lr in rates.items():
-        start = {"tokens": SHORT, "init": 0.02} if group == "init" else {"tokens": MIDDLE}
-        size = {"group": group, "n_layers": layers, "dim": dim}
-        made += grid(**size, **start, lr=lr, seed=seed)
+        size = {"group": group, "n_layers": layers, "dim": dim, "tokens": MIDDLE}
+        made += grid(**size, lr=lr, seed=seed)
     return made
 
 
-TUNING = points(TRIED, 100)
-POINTS = [point for seed in SEEDS for point in points(TUNED, seed)]
+def starts(rates: dict, seed) -> list[dict]:
+    """A point for each deviation of the weights, size, budget, rate and seed."""
+    made = []
+    for (init, layers, dim, tokens), lr in rates.items():
+        size = {"group": "init", "n_layers": layers, "dim": dim, "tokens": tokens}
+        made += grid(**size, init=init, lr=lr, seed=seed)
+    return made
+
+
+TUNING = [*points(TRIED, 100), *starts(TRIED_STARTS, 100)]
+POINTS = [point for seed in SEEDS for point in points(TUNED, seed)] + starts(TUNED_STARTS, SEEDS)
 CANARY = {
     "group": "canary",
     "seed": 7,
@@ -92,7 +119,13 @@ CANARY = {
 READS = {"scaling-grid": {"part": ("size-data", "repetition")}}
 SIZES = tuple({"n_layers": layers, "dim": dim} for layers, dim in ((1, 32), (2, 48), (3, 64)))
 SMALL, LARGE = SIZES[:2]
-STARTS = {"1/√dim": {"part": "size-data"}, "0.02": {"group": "init"}}
+STARTS = {
+    "1/√dim": {"part": "size-data"},
+    "0.02": {"group": "init", "init": 0.02},
+    "0.06": {"group": "init", "init": 0.06},
+}
+JUDGED = ("1/√dim", "0.02")  # the others were tried on the tuning seed alone
+BUDGETS = {"a quarter of a MiB": (SHORT,) * 3, "2 MiB, the largest 1": (LONG, LONG, MB)}  # of SIZES
 ROLES = {
     "sample-efficiency": {"method": LARGE, "baseline": SMALL},
     "shapes": {"method": {"group": "shape"}, "baseline": {"group": "size"}},
@@ -156,10 +189,31 @@ def spread(runs: list, group: str) -> dict[int, float]:
     return made
 
 
-def started(runs: list, start: str, value: str = "loss") -> list[list]:
-    """A result after a quarter of a MiB, for each of SIZES and each seed, by the weights' start."""
-    where = STARTS[start] | {"tokens": SHORT}
-    return [[run[value] for run in matching(runs, **where, **size)] for size in SIZES]
+def started(runs: list, start: str, value: str = "loss", budget: str = next(iter(BUDGETS))) -> list:
+    """A result of each of SIZES and each seed, by the weights' start: one of STARTS and BUDGETS."""
+    ends = zip(SIZES, BUDGETS[budget], strict=True)
+    cells = [STARTS[start] | size | {"tokens": tokens} for size, tokens in ends]
+    return [[run[value] for run in matching(runs, **cell)] for cell in cells]
+
+
+def behind(runs: list, start: str, of=np.mean) -> list[list[float]]:
+    """Nats of a start above 1/√dim: a list a budget, a number for each of SIZES.
+
+    of: what is taken of a cell's losses, of all seeds or all rates.
+    """
+    made = []
+    for budget in BUDGETS:
+        cells = zip(*(started(runs, which, budget=budget) for which in (start, "1/√dim")))
+        made.append([float(of(theirs) - of(ours)) for theirs, ours in cells])
+    return made
+
+
+def noise(runs: list) -> np.ndarray:
+    """The deviation over seeds of the loss's logarithm, of each size and text: (cells,)."""
+    cells = {}
+    for run in matching(runs, part="size-data"):
+        cells.setdefault((run["N"], run["tokens"]), []).append(np.log(run["loss"]))
+    return np.array([np.std(losses, ddof=1) for losses in cells.values()])
 
 
 def growth(runs: list, seed: int, on_way: bool) -> float:

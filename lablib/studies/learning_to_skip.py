@@ -295,7 +295,7 @@ ROLES = {
         "baseline": {"kind": "dense", "n_layers": 2},
         "control": _RANDOM,
     },
-    "random": {"method": _ROUTER, "baseline": _RANDOM, "control": _RANDOM},
+    "random": {"method": _ROUTER, "baseline": _RANDOM},
     "decode-time": {
         "method": "routed_seconds",
         "baseline": "dense_seconds",

@@ -150,7 +150,7 @@ TUNING = [
 CANARY = {"seed": 200, "kind": "both", "steps": 5, "reader": "tiny-1m", "chains": 2, "length": 16}
 
 ROLES = {
-    "temperature": {"method": "steps_hot", "baseline": "steps_one"},
+    "temperature": {"method": "steps_hot", "baseline": "steps_one", "control": "steps_cold"},
     "in-context-risk": {
         "method": "octaves_model",
         "baseline": "octaves_symbols",

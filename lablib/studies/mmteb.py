@@ -252,7 +252,11 @@ CANARY = {"kind": "canary", "seed": 200, "keep": 38, "documents": 40, "size": 10
 ROLES = {
     "halved": {"method": "predictable", "baseline": "enough", "control": "one"},
     "better-than-random": {"method": "predictable", "baseline": "random"},
-    "best-models": {"method": "predictable, best models", "baseline": "enough"},
+    "best-models": {
+        "method": "predictable, best models",
+        "baseline": "enough",
+        "control": "one",
+    },
     "by-error": {"method": "error", "baseline": "random"},
     "hard-negatives": {"method": "hard", "baseline": "chance"},
 }

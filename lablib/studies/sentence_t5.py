@@ -19,8 +19,10 @@ again, and nothing was judged from it: some names to be judged were messages, to
 trained on. The larger the encoder, the lower its best rate.
 
 Smaller than the specification has it, for time: encoders of a quarter of the size, half the steps,
-one pair of regimes, of the middle size. Sentences are few, some fifty to learn from, so that all
-encoders stay below a program that counts letters; names are found in scripts that are like English.
+one pair of regimes, of the middle size, 18 languages. All sentences but the forty held out train,
+and those forty are looked for among all of them. Sentences are few, some fifty to learn from, so
+that all encoders stay below a program that counts letters; names are found in scripts that are like
+English.
 """
 
 from __future__ import annotations
@@ -249,7 +251,11 @@ CANARY = {"dim": 32, "regime": "across", "seed": 100, "rate": 1e-3, "steps": 3}
 CANARY |= {"languages": ["fr", "ru"], "judged": False}
 
 ROLES = {
-    "size": {"method": f"across {LARGE} found", "baseline": f"across {SMALL} found"},
+    "size": {
+        "method": f"across {LARGE} found",
+        "baseline": f"across {SMALL} found",
+        "control": f"english {MIDDLE} found",
+    },
     "far": {"method": "far gain", "baseline": "close gain"},
     "across": {"method": f"across {MIDDLE} found", "baseline": f"english {MIDDLE} found"},
 }

@@ -210,8 +210,8 @@ ROLES = {
         "method": {"balance": 1e-2, "steps": 400},
         "baseline": {"balance": 0.0, "steps": 400},
     },
-    "steps-4": {"method": {"n_experts": 4}, "baseline": _DENSE},
-    "steps-16": {"method": {"n_experts": 16}, "baseline": _DENSE},
+    "steps-4": {"method": {"n_experts": 4}, "baseline": _DENSE, "control": _BLIND},
+    "steps-16": {"method": {"n_experts": 16}, "baseline": _DENSE, "control": _BLIND},
     "initialization": {
         "method": _EIGHT | {"init": 0.1},
         "baseline": {"init": 1.0, "steps": 800},

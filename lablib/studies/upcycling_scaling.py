@@ -1,20 +1,33 @@
 """The study of scaling laws for upcycling (2025): a grid of dense steps by upcycled steps.
 
-The theme's base configuration with half of its batch, 16 x 64 tokens a step. A run is one seed's
-whole grid: one dense training, copied on its way (rows), each copy upcycled to 8 experts, top-2,
-softmax after the choice, and trained on (columns); beside them a mixture trained from scratch. The
-rate falls with one over the root of the step everywhere, so that any step of a curve could have
-been the end: a row costs one dense snapshot and one training.
+The theme's base configuration with half of its batch, 16 x 64 tokens a step. A dense model is
+copied on its way (rows); each copy is upcycled to 8 experts, top-2, softmax after the choice, and
+trained on (columns); beside them a mixture starts from scratch. The rate falls with one over the
+root of the step everywhere, so that any step of a curve could have been the end: a row costs one
+dense snapshot and one training. A run is one or two rows of one seed's grid.
+
+Five dense lengths by four further ones, each twice the one before, at one width, where five by five
+at two were planned: that is five times the work, and two widths do not determine the three numbers
+of the law's part in sizes. Nothing is shorter than twice the warm-up.
+
+Tuned on another seed, with as many tries each, before anything was judged: the rates of the dense
+training, of the upcycled one, and of the mixture from scratch.
+
+Runs store losses alone; the laws are fitted when claims are judged. Huber's delta is one percent:
+about the spread of a cell's loss over other seeds. With a tenth of it, Chinchilla's, most cells
+count linearly, and a law of five numbers through so few of them has no single best fit.
+
+No worked example of the paper with its figures is known to us, so none is recomputed.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 
 from lablib.data import Batches
 from lablib.data.mixtures import mixture
-from lablib.evidence import Pair, grid
+from lablib.evidence import Pair, matching
 from lablib.experts.switch_transformers import reduced_init_
 from lablib.experts.upcycling import upcycle_
 from lablib.experts.upcycling_scaling import snapshots
@@ -22,56 +35,68 @@ from lablib.models import GPT, GPTConfig
 from lablib.scaling.fits import fit_joint_law, fit_sum_law
 from lablib.training import fit
 
-CONFIG = GPTConfig(vocab_size=1024, dim=32, n_layers=2, n_heads=2, qk_norm=True, max_length=64)
-DENSE = FURTHER = (50, 100, 200, 400)
-SCRATCH = (50, 100, 200, 400, 800)
+FURTHER = (100, 200, 400, 800)
+SCRATCH = (*FURTHER, 1600)
 AT = 100  # further steps at which head starts are compared
 BATCH, LENGTH, WARMUP = 16, 64, 50
 
 
 def run(
     seed: int,
-    dense: tuple = DENSE,
-    further: tuple = FURTHER,
-    scratch: tuple = SCRATCH,
+    dense: tuple = (),
+    further: tuple = (),
+    scratch: tuple = (),
+    dim: int = 32,
     lr: float = 1e-2,
     upcycled_lr: float = 1e-2,
     scratch_lr: float = 1e-2,
     rows: int = 256,
 ) -> dict:
-    """One seed's grid of held-out losses, in nats a token.
+    """Some rows of one seed's grid, and its mixture from scratch: held-out losses in nats a token.
 
     dense, further, scratch: steps of the dense training, of the upcycled one, and of the mixture
-    trained from scratch, each rising; an empty scratch leaves the last out. lr: of dense and
-    scratch. rows: how many held-out windows of 64 tokens a loss is taken on.
+    from scratch, each rising; an empty one leaves its part out. lr: of the dense training.
+    rows: how many held-out windows of 64 tokens a loss is taken on.
+    Returns for each dense step "tokens" read until then, "dense_losses" and a row of "losses"; also
+    "scratch_losses", and "loss", the sum of each part's last.
     """
     text = mixture()
     held_out = text.windows(limit=rows)
-    kept = dict.fromkeys(dense)
-    torch.manual_seed(seed)
-    model = reduced_init_(GPT(CONFIG), 0.1)
-    made = {"dense_losses": train(model, text, dense, lr, seed, held_out, kept)}
-    kept[dense[-1]] = model
-    grid = []
-    for steps in dense:
-        torch.manual_seed(10_000 + seed)
-        newborn = upcycle_(kept[steps], 8, 1, 2, "after")
-        grid.append(train(newborn, text, further, upcycled_lr, 10_000 + seed, held_out))
-    made["losses"] = grid
+    made, ends = {}, []
+    if dense:
+        made |= trained_rows(seed, dense, further, dim, lr, upcycled_lr, text, held_out)
+        ends += [made["dense_losses"][-1], *(row[-1] for row in made["losses"][-1:])]
     if scratch:
         torch.manual_seed(20_000 + seed)
-        mixed = reduced_init_(upcycle_(GPT(CONFIG), 8, 1, 2, "after"), 0.1)
+        mixed = reduced_init_(upcycle_(GPT(config(dim)), 8, 1, 2, "after"), 0.1)
         made["scratch_losses"] = train(mixed, text, scratch, scratch_lr, 10_000 + seed, held_out)
-    if len(dense) > 3 and len(further) > 3 and len(scratch) > 3:
-        made |= fits(dense, further, grid, scratch, made["scratch_losses"])
-    else:
-        made["loss"] = grid[-1][-1]
+        ends.append(made["scratch_losses"][-1])
+    return made | {"loss": sum(ends)}
+
+
+def trained_rows(seed, dense, further, dim, lr, upcycled_lr, text, held_out) -> dict:
+    """Train a dense model; upcycle it after each of dense steps, and train each copy on."""
+    kept = dict.fromkeys(dense)
+    torch.manual_seed(seed)
+    model = reduced_init_(GPT(config(dim)), 0.1)
+    made = {"tokens": [steps * BATCH * LENGTH for steps in dense], "losses": []}
+    made["dense_losses"] = train(model, text, dense, lr, seed, held_out, kept)
+    kept[dense[-1]] = model
+    for steps in dense if further else ():
+        torch.manual_seed(10_000 + seed)
+        newborn = upcycle_(kept[steps], 8, 1, 2, "after")
+        row = train(newborn, text, further, upcycled_lr, 10_000 + seed, held_out)
+        made["losses"].append(row)
     return made
+
+
+def config(dim: int) -> GPTConfig:
+    """The theme's base model of two layers, with heads of 16 dimensions, at any width."""
+    return GPTConfig(1024, dim, n_layers=2, n_heads=dim // 16, qk_norm=True, max_length=LENGTH)
 
 
 def train(model, text, places, lr, seed, held_out, kept=None) -> list[float]:
     """Train to the last of places; the held-out loss at each. kept: filled as in `snapshots`."""
-    every = int(np.gcd.reduce(places))
     history = fit(
         model,
         Batches(text.train, BATCH, LENGTH, seed),
@@ -82,35 +107,85 @@ def train(model, text, places, lr, seed, held_out, kept=None) -> list[float]:
         seed=seed,
         loss=None if kept is None else snapshots(set(kept), kept),
         held_out=held_out,
-        held_out_every=every,
+        held_out_every=int(np.gcd.reduce(places)),
         progress=False,
     )
     losses = dict(history.held_out)
     return [round(losses[place], 4) for place in places]
 
 
-def fits(dense, further, losses, scratch, scratch_losses) -> dict:
-    """What the laws say about one grid.
+def grids(runs: list, dim: int = 32) -> list[dict]:
+    """The runs of one width put together, a grid a seed: see `joined`. Short rows are left out."""
+    alike = [run for run in matching(runs, dim=dim) if len(run["further"]) > 2]
+    seeds = sorted({run["seed"] for run in alike})
+    return [joined(matching(alike, seed=seed)) for seed in seeds]
 
-    losses: (len(dense), len(further)). Errors are of laws fitted without the last row and column,
-    on that row and column: the mean difference of logarithms. A head start is how many steps more
-    the mixture from scratch needs to an upcycled model's loss after AT further steps.
+
+def joined(runs: list) -> dict:
+    """The grid of one seed: its rows in the order of their dense steps, and the mixture's curve.
+
+    runs: they hold all rows, and one of them the mixture from scratch. Returns "dense", "further"
+    and "scratch", tuples of steps; "losses", a tuple of rows; "scratch_losses"; "seed"; and "law",
+    the one of `LAWS` that the runs name: "with" where they name none.
     """
+    rows = sorted(runs, key=lambda run: run["dense"])
+    (anew,) = [run for run in runs if run["scratch"]]
+    return {
+        "seed": anew["seed"],
+        "law": anew.get("law", "with"),
+        "dense": tuple(tokens // (BATCH * LENGTH) for run in rows for tokens in run["tokens"]),
+        "further": tuple(rows[0]["further"]),
+        "losses": tuple(tuple(row) for run in rows for row in run["losses"]),
+        "scratch": tuple(anew["scratch"]),
+        "scratch_losses": tuple(anew["scratch_losses"]),
+    }
+
+
+def fits(grid: dict) -> dict:
+    """What the laws say about one grid, as `joined` makes it.
+
+    "interaction" and "floor" are of the law with its term. "error_..." is of each of `LAWS`, fitted
+    without the largest dense and further steps, there: the mean difference of logarithms.
+    "..._long" and "..._short" are of the last and the first row: "exponent", what the loss above
+    its floor falls with in further steps; "head_start", how many steps more the mixture from
+    scratch needs to the loss of an upcycled model after AT further steps; "per_step", that over the
+    dense steps; "break_even", see `caught_up`.
+    """
+    return dict(_fits(*(grid[key] for key in KEYS)))
+
+
+@lru_cache(maxsize=64)
+def _fits(dense: tuple, further: tuple, losses: tuple, scratch: tuple, scratch_losses: tuple):
     d1, d2 = np.meshgrid(dense, further, indexing="ij")
-    losses = np.asarray(losses)
-    law = fit_joint_law(d1.ravel(), d2.ravel(), losses.ravel())
+    cells = np.asarray(losses)
+    law = LAWS["with"](d1.ravel(), d2.ravel(), cells.ravel())
     made = {"interaction": law.interaction, "floor": law.floor}
-    made |= {f"exponent_{k}": float(law.exponent(dense[at])) for k, at in ENDS.items()}
-    inner = (d1 < dense[-1]) & (d2 < further[-1])
+    inner = (d1 < max(dense)) & (d2 < max(further))
     for name, fitted in LAWS.items():
-        short = fitted(d1[inner], d2[inner], losses[inner])
-        off = np.log(short(d1[~inner], d2[~inner]) / losses[~inner])
+        short = fitted(d1[inner], d2[inner], cells[inner])
+        off = np.log(short(d1[~inner], d2[~inner]) / cells[~inner])
         made[f"error_{name}"] = float(np.abs(off).mean())
-    for name, at in ENDS.items():
-        upcycled = losses[at, list(further).index(AT)] if AT in further else losses[at, -1]
+    for name, at in {"short": 0, "long": -1}.items():
+        made[f"exponent_{name}"] = float(law.exponent(dense[at]))
+        upcycled = cells[at, further.index(AT)]
         made[f"head_start_{name}"] = steps = steps_to(scratch, scratch_losses, upcycled) - AT
         made[f"per_step_{name}"] = steps / dense[at]
+        anew = scratch_losses[: len(further)]  # at the same steps
+        made[f"break_even_{name}"] = caught_up(further, cells[at], anew)
     return made
+
+
+def caught_up(steps: tuple, upcycled: np.ndarray, scratch: tuple) -> float:
+    """Steps at which scratch is first no worse than upcycled; the last ones where it never is.
+
+    steps: rising; upcycled, scratch: losses there, on lines in log steps.
+    """
+    gap = np.asarray(scratch) - upcycled
+    if not (gap <= 0).any():
+        return float(steps[-1])
+    at = int((gap <= 0).argmax())
+    places = slice(max(0, at - 1), at + 1)
+    return float(np.exp(np.interp(0.0, -gap[places], np.log(steps[places]))))
 
 
 def steps_to(steps, losses, target: float) -> float:
@@ -119,40 +194,57 @@ def steps_to(steps, losses, target: float) -> float:
     return float(np.exp(np.interp(target, falling, np.log(steps)[::-1])))
 
 
-ENDS = {"short": 0, "long": -1}
+KEYS = ("dense", "further", "losses", "scratch", "scratch_losses")
+DELTA = 1e-2  # of Huber's loss; see above
 LAWS = {
-    "with": fit_joint_law,
-    "without": partial(fit_joint_law, interaction=False),
-    "sum": fit_sum_law,
+    "with": partial(fit_joint_law, delta=DELTA),
+    "without": partial(fit_joint_law, interaction=False, delta=DELTA),
+    "sum": partial(fit_sum_law, delta=DELTA),
 }
 
-SEEDS = range(5)
+SEEDS = range(10, 15)
+RATES = (5e-3, 1e-2, 2e-2, 4e-2)
 TUNED = {"lr": 1e-2, "upcycled_lr": 1e-2, "scratch_lr": 2e-2}
-SMALL = {"dense": (50,), "further": (50, 100), "scratch": ()}  # short enough to be repeated
-POINTS = [
-    *grid(**TUNED, dense=[DENSE], further=[FURTHER], scratch=[SCRATCH], seed=SEEDS),
-    *[TUNED | SMALL | {"seed": seed} for seed in SEEDS],
-]
+AT_TUNING = {"dim": 32, "seed": 100}
 TUNING = [
-    {"dense": (400,), "further": (400,), "scratch": (400,), "seed": 100}
-    | dict.fromkeys(("lr", "upcycled_lr", "scratch_lr"), lr)
-    for lr in (5e-3, 1e-2, 2e-2)
+    *[AT_TUNING | {"dense": (800,), "scratch": (800,), "lr": r, "scratch_lr": r} for r in RATES],
+    *[
+        AT_TUNING | {"dense": (400,), "further": (400,), "lr": TUNED["lr"], "upcycled_lr": r}
+        for r in RATES
+    ],
 ]
-# Losses alone: fits of so few steps turn on a last digit. A test fits the stored losses again.
+PARTS = [  # of a seed: three runs of about equal length
+    {"dense": (100, 200), "further": FURTHER, "scratch": ()},
+    {"dense": (400,), "further": FURTHER, "scratch": SCRATCH},
+    {"dense": (800, 1600), "further": FURTHER, "scratch": ()},
+]
+SMALL = {"dense": (100,), "further": (100,), "scratch": ()}  # short enough to be repeated
+POINTS = [TUNED | part | {"dim": 32, "seed": seed} for seed in SEEDS for part in PARTS]
+POINTS += [TUNED | SMALL | {"dim": 32, "seed": seed} for seed in SEEDS[:3]]
 CANARY = {"dense": (2,), "further": (2, 4), "scratch": (2,), "rows": 16, "seed": 200}
+LONG, SHORT = ({"dense": [*PARTS[at]["dense"]]} for at in (-1, 0))
 ROLES = {
-    "interaction": {"method": "exponent_long", "baseline": "exponent_short"},
-    "held-out-error": {"method": "error_with", "baseline": "error_without"},
-    "sum": {"method": "error_with", "baseline": "error_sum"},
-    "head-start": {"method": "head_start_long", "baseline": "head_start_short"},
-    "sunk-cost": {"method": "per_step_long", "baseline": "per_step_short"},
+    "interaction": {"method": LONG, "baseline": SHORT},
+    "held-out-error": {"method": {"law": None}, "baseline": {"law": "without"}},
+    "sum": {"method": {"law": None}, "baseline": {"law": "sum"}},
+    "head-start": {"method": LONG, "baseline": SHORT},
+    "sunk-cost": {"method": LONG, "baseline": SHORT},
+    "break-even": {"method": LONG, "baseline": SHORT},
 }
+READ = {"interaction": "exponent", "head-start": "head_start", "sunk-cost": "per_step"}
+READ |= {"break-even": "break_even"}
 
 
 def values(runs: list) -> dict:
-    """What each claim is judged on: a pair a seed, from the whole grids."""
-    whole = [run for run in runs if "interaction" in run]
-    return {
-        id: [Pair(run["seed"], run[role["method"]], run[role["baseline"]]) for run in whole]
-        for id, role in ROLES.items()
-    }
+    """What each claim is judged on: a pair a seed, from the grids of dim 32."""
+    made = {id: [] for id in ROLES}
+    for one in grids(runs):
+        seed, law = one["seed"], one["law"]
+        row = fits(one)
+        for id, name in READ.items():
+            made[id].append(Pair(seed, row[f"{name}_long"], row[f"{name}_short"]))
+        for id in ("held-out-error", "sum"):
+            other = ROLES[id]["baseline"]["law"]  # runs may be told that they are the other's
+            names = (law, "with" if law == other else other)
+            made[id].append(Pair(seed, *(row[f"error_{name}"] for name in names)))
+    return made

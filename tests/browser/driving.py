@@ -86,13 +86,14 @@ def move_all(page, box):
     moves = [
         (".noUi-handle", move_slider),
         ("select", move_menu),
-        ("input[type=checkbox]", lambda page, node: node.click()),
+        ("input[type=checkbox], .widget-toggle-button", lambda page, node: node.click()),
         ("input[type=text]:not([readonly])", type_text),
     ]
     done = 0
     for selector, move in moves:
         controls = box.locator(selector)
-        for place in range(controls.count()):
+        many = range(controls.count())
+        for place in many if len(many) < 20 else (many[0], many[-1]):  # of a pad, two corners
             before = box.evaluate(SHOWN)
             move(page, controls.nth(place))
             changed = wait_for_change(page, box, before)

@@ -120,6 +120,34 @@ def test_hard_negatives_are_the_nearest_that_are_not_ones_own():
             hard_negatives(queries, documents, [0, 2], k)
 
 
+class _Embeds(nn.Sequential):
+    """A network of ours, called as sentence-transformers calls its models."""
+
+    def forward(self, features):
+        return {"sentence_embedding": super().forward(features["input_ids"])}
+
+    def get_embedding_dimension(self):
+        return 4
+
+
+@pytest.mark.parametrize("size", [3, 5, 10])
+def test_cached_gradients_are_those_of_sentence_transformers(losses, size):
+    st, _, _ = losses
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+    sides = [torch.randn(10, 6, dtype=torch.float64) for _ in range(3)]
+    model = _Embeds(network)
+    loss = st.CachedMultipleNegativesRankingLoss(model, scale=20.0, mini_batch_size=size)
+    theirs = loss([{"input_ids": side} for side in sides], None)
+    theirs.backward()
+    wanted = [p.grad.clone() for p in network.parameters()]
+    network.zero_grad()
+    ours = grad_cache(network, [side.split(size) for side in sides], info_nce)
+    assert math.isclose(ours.item(), theirs.item(), rel_tol=1e-9)
+    for parameter, want in zip(network.parameters(), wanted):
+        torch.testing.assert_close(parameter.grad, want, atol=1e-9, rtol=1e-6)
+
+
 @pytest.mark.parametrize("pieces", [1, 2, 5])
 @pytest.mark.parametrize("loss", [info_nce, matryoshka(info_nce, [2, 4])])
 def test_cached_gradients_are_those_of_the_whole_batch(pieces, loss):

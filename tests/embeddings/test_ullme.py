@@ -20,6 +20,7 @@ from lablib.embeddings.ullme import (
     two_rankings,
     written,
 )
+from lablib.exercises import ullme as exercises
 from lablib.models.weights import pretrained
 
 TRIPLES = [
@@ -157,3 +158,38 @@ def test_two_rankings_of_one_model(encoder):
         assert math.isclose(cosines[place].item(), cosine.item(), rel_tol=1e-5)
         mean = log_likelihood(encoder.model, alone).mean.item()
         assert math.isclose(nats[place].item(), mean, rel_tol=1e-5)
+
+
+# Exercises.
+
+
+def _softmax_of(values, temperature=1.0):
+    return F.softmax(values / temperature, -1)
+
+
+WRONG = {
+    "prefer": [
+        lambda chosen, rejected, beta: -F.logsigmoid(beta * (rejected - chosen)).mean(),
+        lambda chosen, rejected, beta: -F.logsigmoid(beta * chosen).mean(),
+        lambda chosen, rejected, beta: F.relu(1 - beta * (chosen - rejected)).mean(),
+        lambda chosen, rejected, beta: -F.logsigmoid(beta * (chosen - rejected)),
+    ],
+    "agree": [
+        lambda cosines, nats, t: exercises._agree(nats, cosines, t),
+        lambda cosines, nats, t: F.kl_div(
+            F.log_softmax(cosines / t, -1), _softmax_of(nats), reduction="batchmean"
+        ),
+        lambda cosines, nats, t: exercises._agree(cosines, nats / t, t),
+    ],
+    "a_token": [
+        lambda log_p, wrote: log_p.sum(-1) / wrote.sum(-1),
+        lambda log_p, wrote: (log_p * wrote).sum(-1) / len(log_p),
+        lambda log_p, wrote: log_p[wrote].mean(),
+        lambda log_p, wrote: (log_p * ~wrote).sum(-1) / (~wrote).sum(-1),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_answers_are_told(name, tells_right_from_wrong):
+    tells_right_from_wrong(getattr(exercises, name), WRONG[name])

@@ -8,6 +8,7 @@ import pytest
 
 from lablib.evidence import coverage
 from lablib.evidence.coverage import State, problems_of, states
+from lablib.evidence.studies import Study, StudyError
 from lablib.papers import Paper, paper, papers
 from lablib.paths import project_dir
 
@@ -52,10 +53,10 @@ def test_papers_without_a_lab_say_so():
 def forged(tmp_path, monkeypatch):
     """A paper's stored result, to be changed by hand: edit(function) gives what is found then."""
 
-    def edit(slug, change):
+    def edit(slug, change, whole=False):
         row = State(paper(slug))
         result = copy.deepcopy(row.result)
-        change(result["claims"])
+        change(result if whole else result["claims"])
         made = State(paper(slug))
         made.__dict__["result"] = result  # what reading a forged file would give
         return problems_of(made)
@@ -89,7 +90,30 @@ def test_forged_results_are_found(forged):
     def turned(claims):
         claims[0]["verdict"] = "not reproduced at this scale"
 
+    def measured(claims):
+        claims[0]["measured"] += 0.1
+
+    def narrower(claims):
+        claim = next(claim for claim in claims if claim["interval"])
+        claim["interval"] = [claim["measured"] - 1e-3, claim["measured"] + 1e-3]
+
+    def kind(claims):
+        formula_of(claims)["kind"] = "number"
+
+    def nowhere(claims):
+        del claims[0]["source"]
+
+    def relabelled(claims):
+        claim = next(claim for claim in claims if claim["claim"] == "in-context-exponent")
+        claim |= {"source": "lab", "values": [-0.5], "measured": -0.5, "interval": None}
+        claim |= {"verdict": "reproduced", "summary": "-0.5 beside -0.5 (off by 0%; 20% allowed)"}
+
     for change, message in [
+        (measured, "as its measured"),
+        (narrower, "as its interval"),
+        (kind, "as its kind"),
+        (nowhere, "its source is None"),
+        (relabelled, "the lab's were taken"),
         (larger, "its values give"),
         (moved, "is not the largest"),
         (twice, "2 entries for"),
@@ -99,6 +123,24 @@ def test_forged_results_are_found(forged):
     ]:
         found = forged(slug, change)
         assert any(message in problem for problem in found), (change.__name__, found)
+
+
+def test_what_was_measured_with_what_is_asked_for(forged):
+    slug = "markov-chains"
+    tier = forged(slug, lambda result: result.update(tier="smoke"), whole=True)
+    assert any("smoke tier" in text for text in tier)
+    content = forged(slug, lambda result: result.update(content={}), whole=True)
+    assert any("names no corpus" in text for text in content)
+
+
+def test_an_unfinished_study_hides_nothing_else(forged, monkeypatch):
+    def lacking(study):
+        raise StudyError("markov-chains.jsonl lacks 4 runs")
+
+    monkeypatch.setattr(Study, "runs", lacking)
+    found = forged("markov-chains", lambda claims: claims.append({**claims[0], "claim": "another"}))
+    assert "markov-chains.jsonl lacks 4 runs" in found
+    assert any("no claim of its" in text for text in found)
 
 
 def test_a_direction_must_come_from_a_study(forged):
@@ -121,13 +163,15 @@ def test_a_result_that_cant_be_read_is_named(tmp_path, monkeypatch):
 def test_catalogue_and_map_answer_within_a_second_with_120_labs(tmp_path, monkeypatch, capsys):
     from lablib.cli import main
     from lablib.lab.map import paper_map
+    from lablib.prepare import remember_labs
 
     fabricate(tmp_path)
     monkeypatch.setattr("lablib.papers.data_dir", lambda: tmp_path / "data")
     monkeypatch.setattr(
         Paper, "paths", property(lambda self: fabricated_paths(self, tmp_path)), raising=True
     )
-    assert all(row.present and not row.stale for row in states())  # hashes are remembered
+    remember_labs()  # as set-up does
+    assert all(row.present and not row.stale for row in states())
     start = time.process_time()
     paper_map()
     drawn = time.process_time()

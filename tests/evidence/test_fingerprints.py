@@ -10,6 +10,7 @@ from lablib.evidence.fingerprints import (
     bare,
     claim_statements,
     code_hash,
+    constants,
     dump,
     notebook_hash,
 )
@@ -107,6 +108,23 @@ def test_a_constant_three_calls_away_counts(copy):
     before = hash_of(copy)
     edit(copy / "data" / "chain.py", "FACTOR = 1", "FACTOR = 2")
     assert hash_of(copy) != before
+
+
+def test_the_constants_that_a_run_reaches_are_told_apart_by_name(copy):
+    from lablib.evidence import fingerprints
+
+    def told(scale="2", more=""):
+        text = STUDY.replace("SCALE = 2", f"SCALE = {scale}{more}")
+        (copy / "studies" / "mine.py").write_text(text)
+        fingerprints._code.cache_clear()
+        return constants("studies.mine:run", package=copy)
+
+    assert list(told()) == ["mine.SCALE"] and told() == told(more="  # a comment")
+    assert told("3") != told() and told(more="\nOTHER = 1") == told()
+    rates = told("{'dense': 1e-2, 'sparse': {'few': 2e-2}}")
+    assert list(rates) == ["mine.SCALE['dense']", "mine.SCALE['sparse']['few']"]
+    other = told("{'sparse': {'few': 4e-2}, 'dense': 1e-2}")
+    assert [name for name in rates if rates[name] != other[name]] == ["mine.SCALE['sparse']['few']"]
 
 
 def test_what_is_registered_with_a_definition_belongs_to_it(copy):

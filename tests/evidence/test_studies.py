@@ -7,6 +7,8 @@ import pytest
 from lablib.evidence import studies
 from lablib.evidence.claims import Pair
 from lablib.evidence.studies import Study, StudyError, exchanged, matching, paired, replaced
+from lablib.evidence.sweeps import row_file
+from lablib.files import write_json
 from lablib.papers import Paper, papers
 
 RUNS = [
@@ -64,8 +66,9 @@ def study(tmp_path, monkeypatch):
     monkeypatch.setattr("lablib.papers.data_dir", lambda: tmp_path / "data")
     monkeypatch.setenv("LABLIB_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(Study, "code", lambda self: module.code_now)
+    monkeypatch.setattr(Study, "constants", lambda self: dict(module.constants_now))
     monkeypatch.setattr(studies, "sweep", in_process)
-    module.code_now, module.calls = "one", []
+    module.code_now, module.constants_now, module.calls = "one", {"RATE['moe']": "1e-2"}, []
     return Study(made), module
 
 
@@ -78,6 +81,7 @@ def in_process(function, points, folder, *, code, executor, workers, done):
     rows = [{"point": p, "result": function(**p), "seconds": 1.0} for p in points]
     for row in rows:
         sys.modules[MODULE].calls.append(row["point"])
+        write_json(row_file(folder, row["point"], code), row)
         done(row)
     return rows
 
@@ -120,6 +124,18 @@ def test_changed_code_is_checked_by_the_canary(study):
     assert len(module.calls) == 24 and study.problems() == []
 
 
+def test_no_canary_vouches_for_a_changed_constant(study):
+    study, module = study
+    study.make()
+    module.code_now, module.constants_now = "two", {"RATE['moe']": "1e-2", "RATE['new']": "2e-2"}
+    assert study.problems() == []  # one more is code like any other
+    module.constants_now = {"RATE['moe']": "3e-2"}
+    (problem,) = study.problems()
+    assert "stale, RATE['moe'] changed" in problem and study.difference_of_canary() == 0
+    study.make()
+    assert len(module.calls) == 24 and study.problems() == []
+
+
 def test_a_broken_canary_is_seen_though_no_code_changed(study):
     study, module = study
     study.make()
@@ -130,8 +146,14 @@ def test_a_broken_canary_is_seen_though_no_code_changed(study):
 
 def test_shards_together_make_the_whole(study):
     study, module = study
-    study.make(shard=(1, 2))
-    assert len(module.calls) == 6 and not study.path.exists()
+    study.make(shard=(2, 3))
+    assert len(module.calls) == 4 and not study.path.exists()
+    study.make(shard=(1, 3))
+    assert len(module.calls) == 8 and not study.path.exists()
+    study.make(shard=(3, 3))
+    assert len(module.calls) == 12 and study.problems() == []
+    points = [row["point"] for row in study.rows()]
+    assert points == module.POINTS and study.runs()[0]["loss"] == 1.0
 
 
 def test_files_edited_by_hand_are_noticed(study):

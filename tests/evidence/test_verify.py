@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 import zipfile
 
 import nbformat
@@ -53,6 +54,43 @@ def test_a_budget_line_tells_when_it_is_over():
     assert verify.budget_line("x", "smoke", 10, 1.0).startswith("ok")
     assert verify.budget_line("x", "smoke", 21, 1.0).startswith("OVER")
     assert verify.budget_line("x", "smoke", 10, 1.3).startswith("OVER")
+
+
+class Row:
+    """One paper's state, as `verify --stale` asks for it."""
+
+    def __init__(self, slug, present=True, result=None, stale=False):
+        self.paper, self.present, self.result, self.stale = paper(slug), present, result, stale
+
+
+def test_stale_labs_and_those_never_measured_are_run_two_at_a_time(monkeypatch, capsys):
+    from lablib.cli import main
+
+    rows = [
+        Row("glam", result={}, stale=True),
+        Row("olmoe"),
+        Row("tomoe", result={}),
+        Row("upcycling", present=False),
+        Row("lorma", result={}, stale=True),
+    ]
+    monkeypatch.setattr("lablib.evidence.coverage.states", lambda: rows)
+    running, most, seen = [], [], []
+
+    def pretend(command):
+        running.append(command)
+        most.append(len(running))
+        time.sleep(0.2)
+        running.remove(command)
+        seen.append(command[command.index("verify") + 1 :])
+        return subprocess.CompletedProcess(command, int("olmoe" in command))
+
+    monkeypatch.setattr(verify.subprocess, "run", pretend)
+    assert main(["verify", "--stale", "--tier", "cpu"]) == 1
+    assert sorted(seen) == [
+        [slug, "--tier", "cpu", "--save"] for slug in ("glam", "lorma", "olmoe")
+    ]
+    assert max(most) == 2
+    assert "3 labs were stale, 1 failed: olmoe" in capsys.readouterr().out
 
 
 def test_the_wheel_carries_data_and_catalogue(tmp_path):

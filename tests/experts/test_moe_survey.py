@@ -9,7 +9,7 @@ from torch import nn
 from lablib.exercises import moe_survey as exercises
 from lablib.experts import moe_survey as ms
 from lablib.experts.accounting import parameters
-from lablib.experts.moe import ExpertList, MoE
+from lablib.experts.moe import ExpertList, MoE, recorded
 from lablib.experts.routing import ExpertChoice, HashChoice, SoftSlots, TokenChoice
 from lablib.models import GPT, GPTConfig
 from lablib.studies import moe_survey as study
@@ -76,17 +76,29 @@ def small():
 def test_every_row_of_the_table_has_equal_work_and_equal_storage(name):
     parts = study.GATES[name]
     model = study.build(0, **parts)
-    stored, used = parameters(model) if parts["router"] != "soft" else (model.n_parameters(), None)
+    one = 2 * 3 * 32 * 96  # both layers of a dense model
+    layers = one if parts["router"] == "none" else 8 * one
+    weights = dict(model.named_parameters())
+    routers = sum(weight.numel() for key, weight in weights.items() if ".router." in key)
+    inside = sum(weight.numel() for key, weight in weights.items() if ".mlp." in key)
+    assert inside - routers == layers
     dense = parameters(study.build(0, "none")).total
-    experts_only = sum(
-        weight.numel() for key, weight in model.named_parameters() if ".mlp." in key
-    ) - sum(weight.numel() for key, weight in model.named_parameters() if "router" in key)
-    one = 2 * 3 * 32 * 96
-    assert experts_only == one * (1 if parts["router"] in ("none", "dense") else 8)
-    if used is not None:
-        routers = sum(w.numel() for key, w in model.named_parameters() if "router" in key)
-        assert used - routers == dense
-    assert stored == model.n_parameters()
+    assert model.n_parameters() == dense - one + layers + routers
+    if parts["router"] != "soft":  # whose experts meet means, not tokens
+        assert parameters(model) == (model.n_parameters(), dense + routers)
+
+
+def test_drops_are_the_tokens_that_no_expert_computes():
+    windows = torch.randint(0, 1024, (4, 65))
+    assert study.traffic(study.build(0, "none"), [windows]) == ([], 0.0)
+    load, drops = study.traffic(study.build(0, "token", n_experts=8), [windows])
+    assert sum(load) == pytest.approx(1, abs=1e-3) and drops == 0
+    model = study.build(0, "expert", n_experts=8)
+    load, drops = study.traffic(model, [windows])
+    with recorded(model) as records, torch.no_grad():
+        model.eval()(windows[:, :-1])
+    taken = {int(token) for token in [*records.values()][-1][0].token}
+    assert load == [1 / 8] * 8 and drops == pytest.approx(1 - len(taken) / 256) and drops > 0
 
 
 def test_what_can_not_be_divided_is_refused():

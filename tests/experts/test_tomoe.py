@@ -7,6 +7,8 @@ from lablib.experts import tomoe
 from lablib.experts.accounting import parameters
 from lablib.experts.moe import moe_layers
 from lablib.models import GPT, GPTConfig
+from lablib.models.hub import from_hf
+from lablib.studies import tomoe as study
 from lablib.training import fit
 
 
@@ -204,6 +206,21 @@ def test_it_converts_transformers_models():
     torch.testing.assert_close(moe.dense(text), dense)
     masked = moe.decide()(text)
     torch.testing.assert_close(tomoe.gather_(moe)(text).logits, masked)
+
+
+@pytest.mark.parametrize("kind", ["activation", "tomoe"])
+def test_the_study_converts_any_llama(kind, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=20, num_hidden_layers=2,
+        num_attention_heads=2,
+    )  # fmt: skip
+    hub = transformers.LlamaForCausalLM(config)
+    monkeypatch.setattr(study, "fresh", lambda name: from_hf(hub).eval())
+    monkeypatch.setattr(study, "texts", lambda name: (tokens(1, 9000)[0], tokens(1, 2000)[0]))
+    made = study.run(0, kind, 0.5, steps=2, model="a llama", rows=4, batch=2)
+    assert made["active"] == 0.5 and sum(made["widths"]) == 20
+    assert made["loss"] != made["dense"]
 
 
 def test_only_decided_layers_can_be_gathered():

@@ -10,8 +10,11 @@ from torch.nn import functional as F
 from lablib.exercises import upcycling as exercises
 from lablib.experts import upcycling as up
 from lablib.experts.moe import moe_layers, recorded
-from lablib.models import GPT, GPTConfig, anatomy
+from lablib.models import GPT, GPTConfig, anatomy, pretrained
 from lablib.models.flops import flops_per_token
+from lablib.models.hub import from_hf
+from lablib.studies import upcycling as study
+from lablib.training import evaluate
 
 OUTER = ("up", "down")
 
@@ -147,6 +150,21 @@ def test_it_works_on_a_llama_of_transformers():
     expected = anatomy.logits(model, text)
     up.upcycle_(model, 4, 2, 2, "after", scaled=OUTER)
     torch.testing.assert_close(anatomy.logits(model, text), expected)
+
+
+@pytest.mark.parametrize("expansion", [1, 4])
+def test_a_pretrained_llama_learns_on_from_its_own_function_and_stays_as_it_was(expansion):
+    transformers = pytest.importorskip("transformers")
+    _, tokenizer = pretrained("tiny-1m")
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, **sizes)
+    model = from_hf(transformers.LlamaForCausalLM(config)).eval()
+    kept, (_, held_out) = copy.deepcopy(model), study.django(tokenizer, 20, 32)
+    losses = study.learns_on(model, tokenizer, expansion, steps=2, documents=20, length=32)
+    assert [step for step, _ in losses] == [0, 1, 2]
+    assert losses[0][1] == pytest.approx(evaluate(model, held_out), rel=1e-5) != losses[2][1]
+    same = zip(model.parameters(), kept.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in same)
 
 
 def test_the_dense_model_is_not_changed_by_training_the_experts():

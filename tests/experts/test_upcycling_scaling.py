@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from lablib.evidence.studies import Study
 from lablib.exercises import upcycling_scaling as exercises
 from lablib.experts import upcycling_scaling as us
 from lablib.models import GPT, GPTConfig
+from lablib.papers import paper
 from lablib.scaling.fits import JointLaw, PowerLaw, fit_joint_law
 from lablib.studies import upcycling_scaling as study
 from lablib.training import fit
@@ -80,21 +82,98 @@ def test_snapshots_are_what_shorter_trainings_end_at():
             torch.testing.assert_close(mine, other)
 
 
+def runs_of(law, scratch, seed=0, noise=0.0):
+    """What the study's runs of one seed would store, were losses those of the two laws."""
+    random, made = np.random.default_rng(seed), []
+    for part in study.PARTS:
+        dense = np.array(part["dense"])
+        losses = law(dense[:, None], np.array(study.FURTHER))
+        losses = losses * np.exp(random.normal(0, noise, losses.shape))
+        run = {"seed": seed, "dim": 32, **part, "losses": losses.tolist()}
+        run["tokens"] = (dense * study.BATCH * study.LENGTH).tolist()
+        if part["scratch"]:
+            run["scratch_losses"] = scratch(np.array(part["scratch"])).tolist()
+        made.append(run)
+    return made
+
+
+def test_a_row_is_the_same_alone_and_beside_others(monkeypatch):
+    monkeypatch.setattr(study, "WARMUP", 1)
+    options = {"further": (2,), "rows": 16, "seed": 200}
+    both, alone = study.run(dense=(2, 4), **options), study.run(dense=(4,), **options)
+    assert both["losses"][1] == pytest.approx(alone["losses"][0], abs=1e-4)
+    assert alone["tokens"] == [4 * 16 * 64] and both["dense_losses"][1:] == alone["dense_losses"]
+
+
+LAW, FROM_SCRATCH = JointLaw(6.0, 0.12, 0.2, 0.01, 1.5), PowerLaw(30.0, -0.45, 1.5)
+
+
+def test_runs_of_a_seed_make_one_grid_whatever_their_order():
+    runs = runs_of(LAW, FROM_SCRATCH)
+    short = runs[0] | {"dense": [50], "further": [50, 100], "losses": [[6.0, 5.0]]}
+    (grid,) = study.grids([*runs[::-1], short])
+    assert grid["dense"] == (100, 200, 400, 800, 1600) and grid["further"] == study.FURTHER
+    np.testing.assert_allclose(
+        grid["losses"], LAW(np.array(grid["dense"])[:, None], np.array(study.FURTHER))
+    )
+    assert study.grids(runs, dim=64) == []
+
+
 def test_fits_of_one_grid_say_what_was_put_in():
-    law, scratch = JointLaw(6.0, 0.12, 0.2, 0.01, 1.5), PowerLaw(30.0, -0.45, 1.5)
-    dense, further = np.array(study.DENSE), np.array(study.FURTHER)
-    losses = law(dense[:, None], further[None])
-    anew = np.array(study.SCRATCH)
-    made = study.fits(dense, further, losses, anew, scratch(anew))
+    (grid,) = study.grids(runs_of(LAW, FROM_SCRATCH))
+    made = study.fits(grid)
+    ends = {"short": grid["dense"][0], "long": grid["dense"][-1]}
     assert made["exponent_short"] - made["exponent_long"] == pytest.approx(
-        0.01 * math.log(dense[-1] / dense[0]), rel=0.05
+        0.01 * math.log(ends["long"] / ends["short"]), rel=0.05
     )
     assert made["error_with"] < 1e-3 < made["error_without"]
-    for name, steps in (("short", dense[0]), ("long", dense[-1])):
-        level = law(steps, study.AT)
+    for name, steps in ends.items():
+        level = LAW(steps, study.AT)
         brute = (30 / (level - 1.5)) ** (1 / 0.45) - study.AT
         assert made[f"head_start_{name}"] == pytest.approx(brute, rel=0.1, abs=20)
         assert made[f"per_step_{name}"] == pytest.approx(made[f"head_start_{name}"] / steps)
+
+
+def huber(law, grid):
+    """What `fit_joint_law` makes small, by the definition of Huber's loss."""
+    off = np.log(law(np.array(grid["dense"])[:, None], np.array(grid["further"])))
+    off = abs(off - np.log(grid["losses"])) / study.DELTA
+    return float(np.where(off <= 1, off**2, 2 * off - 1).sum())
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_other_starts_end_at_the_same_fit_of_the_stored_losses(place):
+    from scipy.optimize import minimize
+
+    grid = study.grids(Study(paper("upcycling-scaling")).runs())[place]
+    d1, d2 = (axis.ravel() for axis in np.meshgrid(grid["dense"], grid["further"], indexing="ij"))
+    law = study.LAWS["with"](d1, d2, np.ravel(grid["losses"]))
+    random = np.random.default_rng(place)
+
+    def cost(theta):
+        coefficient, floor = np.exp(np.clip(theta[[0, 4]], -20, 20))
+        return huber(JointLaw(coefficient, *theta[1:4], floor), grid)
+
+    scale = {"maxiter": 6000, "maxfev": 6000, "xatol": 1e-8, "fatol": 1e-8, "adaptive": True}
+    for floor in (0.01, 1.0, 2.5):
+        powers = random.uniform([0.02, 0.1, 0.0], [0.2, 0.3, 0.05])
+        start = np.array([2.0, *powers, math.log(floor)])
+        for _ in range(4):  # the simplex is begun anew, or it stays in a corner
+            end = minimize(cost, start, method="Nelder-Mead", options=scale)
+            start = end.x
+        assert end.fun == pytest.approx(huber(law, grid), abs=1e-3)
+        assert end.x[3] == pytest.approx(law.interaction, abs=1e-4)
+
+
+def test_scratch_has_caught_up_where_the_exercise_says():
+    random = np.random.default_rng(0)
+    steps = np.array([100.0, 200, 400, 800])
+    for _ in range(50):
+        upcycled = np.sort(random.uniform(3, 5, 4))[::-1]
+        scratch = upcycled + random.uniform(-0.5, 1.0, 4)
+        wanted = exercises._catches_up(steps, upcycled, scratch)
+        made = study.caught_up(steps, upcycled, scratch)
+        assert made == pytest.approx(min(wanted, steps[-1]))
 
 
 def test_steps_to_a_loss_are_read_between_points_in_log_steps():

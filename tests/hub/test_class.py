@@ -13,8 +13,8 @@ from lablib.hub.client import Student
 
 pytestmark = pytest.mark.hub
 LABS = {
-    "ada": "00-start-here",
-    "alan": "02-theory/201-markov-chains",
+    "hedy": "00-start-here",
+    "tony": "02-theory/201-markov-chains",
     "barbara": "03-experts/302-switch-transformers",
     "edsger": "04-scaling/405-batch-size-law",
     "emmy": "07-peft/706-layernorm-tuning",

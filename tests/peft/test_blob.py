@@ -320,3 +320,31 @@ def test_the_exercises_are_the_modules_own():
     torch.testing.assert_close(
         exercises.divergence.reference(mean, deviation, 0.2), blob.kl(mean, deviation, 0.2)
     )
+
+
+def _largest_gap(confidence, right, bins):
+    return exercises._gaps(confidence, right, bins)[0].abs().max()
+
+
+WRONG = {
+    "divergence": [
+        lambda mean, deviation, prior: blob.kl(mean, deviation, prior) / mean.numel(),
+        lambda mean, deviation, prior: blob.kl(0 * mean, deviation, prior),
+        lambda mean, deviation, prior: blob.kl(mean, deviation.sqrt(), prior),
+    ],
+    "calibration_error": [
+        lambda confidence, right, bins: (confidence - right).abs().mean(),
+        lambda confidence, right, bins: (confidence.mean() - right.mean()).abs(),
+        _largest_gap,
+    ],
+    "flipped_noise": [
+        lambda x, noise, s, t: x @ noise.T,
+        lambda x, noise, s, t: (s * x) @ noise.T,
+        lambda x, noise, s, t: t * (x @ noise.T),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_answers_are_told(name, tells_right_from_wrong):
+    tells_right_from_wrong(getattr(exercises, name), WRONG[name])

@@ -300,9 +300,23 @@ def test_a_planted_defect_turns_the_verdict():
         told = {way: loss + 0.01 * seed * len(way) for way, loss in losses.items()}
         row = {f"{way} {key}": told[way] for way in losses for key in study.KEPT}
         runs.append({"way": "every", "seed": seed} | row)
+        for way in study.RIVALS:
+            runs.append({"way": way, "seed": seed} | dict.fromkeys(study.KEPT, 0.3))
     assert judge(claim, study.values(runs)["beats-lora"]).verdict == REPRODUCED
     never_added = [run | {"norms loss": 5.0} for run in runs]
     assert judge(claim, study.values(never_added)["beats-lora"]).verdict == NOT_REPRODUCED
+
+
+def test_the_rivals_runs_are_laid_beside_those_of_their_seed():
+    runs = [{"way": "every", "seed": seed, "norms loss": 1.0} for seed in (0, 1)]
+    runs += [
+        {"way": way, "seed": seed} | dict.fromkeys(study.KEPT, place + seed)
+        for place, way in enumerate(study.RIVALS, 1)
+        for seed in (1, 0)
+    ]
+    made = study.by_seed(runs)
+    assert [run["attention loss"] for run in made] == [1, 2]
+    assert [run["mlp named"] for run in made] == [2, 3]
 
 
 def test_every_way_in_one_run_is_each_in_a_run_of_its_own():

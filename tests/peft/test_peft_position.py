@@ -5,6 +5,7 @@ import torch
 from families_for_tests import TOKENS, loads_again, moved
 
 from lablib.compression.recover import language_loss, recover
+from lablib.exercises import peft_position as exercises
 from lablib.models import GPT, GPTConfig, anatomy
 from lablib.peft import peft_position as pp
 from lablib.peft.adapter import (
@@ -197,3 +198,32 @@ def test_a_mean_is_weighed():
     assert pp.average(states)["a"].tolist() == [3.0, 2.0]
     assert pp.average(states, [3, 1])["a"].tolist() == [2.0, 2.0]
     assert pp.average(states, [0, 1])["a"].tolist() == [5.0, 2.0]
+
+
+def _product_of_means(pairs):
+    """B and A averaged apart, as the loop of federated averaging does it."""
+    ups, downs = (torch.stack(part) for part in zip(*pairs))
+    return ups.mean(0) @ downs.mean(0)
+
+
+WRONG = {
+    "step_flops": [
+        lambda n_out, n_in, tokens, trains: 2 * n_out * n_in * tokens,
+        lambda n_out, n_in, tokens, trains: (4 if trains else 2) * n_out * n_in * tokens,
+        lambda n_out, n_in, tokens, trains: 6 * n_out * n_in * tokens,
+    ],
+    "average_change": [
+        _product_of_means,
+        lambda pairs: sum(up @ down for up, down in pairs),
+    ],
+    "round_bytes": [
+        lambda shapes, rank, clients, size: 2 * clients * size * sum(a * b for a, b in shapes),
+        lambda shapes, rank, clients, size: clients * size * rank * sum(a + b for a, b in shapes),
+        lambda shapes, rank, clients, size: 2 * size * rank * sum(a + b for a, b in shapes),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_answers_are_told(name, tells_right_from_wrong):
+    tells_right_from_wrong(getattr(exercises, name), WRONG[name])

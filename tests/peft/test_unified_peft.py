@@ -296,3 +296,33 @@ def test_exercises_know_their_reference_and_refuse_a_constant(name):
     exercise.test(exercise.reference)
     with pytest.raises(Wrong):
         exercise.test(lambda *args: torch.tensor(0.4) if name == "gate_of_head" else 12)
+
+
+def _softmax_share(q, keys, rows):
+    """The share of every row, where one number a head is asked for."""
+    return (torch.cat([keys, rows]) @ q).softmax(0)[len(keys) :]
+
+
+WRONG = {
+    "gate_of_head": [
+        lambda q, keys, rows: 1 - exercises.gate_of_head.reference(q, keys, rows),
+        _softmax_share,
+        lambda q, keys, rows: torch.tensor(len(rows) / (len(rows) + len(keys))),
+    ],
+    "parallel_adapter": [
+        lambda x, h, down, up, scale: h + scale * torch.relu(h @ down) @ up,
+        lambda x, h, down, up, scale: h + torch.relu(x @ down) @ up,
+        lambda x, h, down, up, scale: h + scale * (x @ down) @ up,
+    ],
+    "added_parameters": [
+        lambda method, size, dim, ffn_dim: 2 * size * dim,
+        lambda method, size, dim, ffn_dim: (
+            size * (dim + ffn_dim) if "feed" in method else 2 * size * dim
+        ),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_answers_are_told(name, tells_right_from_wrong):
+    tells_right_from_wrong(getattr(exercises, name), WRONG[name])

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 
+from lablib.evidence.studies import Study
 from lablib.exercises import cross_lingual_cpt as exercises
+from lablib.papers import paper
 from lablib.paths import data_dir
 from lablib.scaling import cross_lingual_cpt as cpt
 from lablib.scaling import laws
@@ -181,3 +183,27 @@ def test_the_crossing_of_the_exercise_is_the_turning_point():
     one, other = cpt.frontier(SCRATCH), cpt.frontier(CONTINUED)
     made = exercises.crossing.reference((one.size, one.a), (other.size, other.a))
     assert made == pytest.approx(cpt.turning_point(SCRATCH, CONTINUED))
+
+
+def test_runs_of_a_seed_are_read_together():
+    kind = ("chichewa", *study.LARGE, "english", study.MIDDLE)
+    parts = [
+        {"seed": 3, "rows": [[*kind, ratio, 55536, 1.5 + ratio, 3 - ratio]]}
+        for ratio in study.RATIOS
+    ]
+    other = {"seed": 3, "source": 5, "rows": [[*kind, 0.0, 55536, 9.0, 9.0]]}
+    rows = study.by_seed([*parts, other])
+    assert list(rows) == [3] and len(rows[3]) == len(study.RATIOS)
+    np.testing.assert_allclose(study.replayed([rows[3]], "english"), [3 - np.array(study.RATIOS)])
+
+
+def test_continued_and_fresh_models_were_tuned_alike():
+    """In each language one rate of those tried is best for both starts, and it is the study's."""
+    losses = {}
+    for run in Study(paper("cross-lingual-cpt")).runs("TUNING"):
+        for row in study.named(run["rows"]):
+            where = row["language"], row["dim"], row["start"]
+            losses.setdefault(where, {})[run["factor"]] = row["loss"]
+    assert len(losses) == 6 and all(len(tried) == 4 for tried in losses.values())
+    for (language, _, _), tried in losses.items():
+        assert min(tried, key=tried.get) == study.RATES[language]

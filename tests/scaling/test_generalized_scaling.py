@@ -184,12 +184,25 @@ def test_it_is_as_good_as_the_general_fit(sparse):
     assert sparse or ours["c"] == ours["gamma"] == 0
 
 
-def test_on_a_seeds_few_rows_the_sign_of_c_depends_on_a_floor_that_may_move():
+def first_seeds_rows():
     from lablib.evidence.studies import matching
     from lablib.evidence.studies import study as find
 
     runs = matching(find("generalized-scaling").runs(), seed=0)
-    rows = study.rows_of(next(run for run in runs if "c" in run))
+    return study.rows_of(next(run for run in runs if "c" in run))
+
+
+def test_wider_bounds_find_the_same_law_and_on_few_rows_a_lower_one():
+    wide = gs.fit_widely(drawn(TRUE))
+    assert wide.values == pytest.approx(TRUE, rel=0.02) and not wide.warning
+    table = study.columns(first_seeds_rows())
+    few = gs.fit_widely(table)
+    assert few.objective == pytest.approx(huber(table, few.values), rel=1e-6)
+    assert few.objective < huber(table, gs.fit_generalized(table))
+
+
+def test_on_a_seeds_few_rows_the_sign_of_c_depends_on_a_floor_that_may_move():
+    rows = first_seeds_rows()
     free = study.fitted(rows)
     still = fit_law(generalized, study.columns(rows), "loss", fixed={"gamma": 0.0}, starts=[free])
     assert still.values["c"] < 0 < free["c"]

@@ -3,6 +3,7 @@ import time
 
 import numpy as np
 import pytest
+import record_peers
 from scipy.optimize import curve_fit
 
 from lablib.paths import PACKAGE
@@ -114,6 +115,17 @@ def test_profile_intervals_are_minos():
         assert made == pytest.approx((low, high), abs=0.01 * width)
     narrow = profile(found, "b", [found.values["b"]])
     assert narrow.interval(peer["noise"]) == (-np.inf, np.inf)
+
+
+def test_the_recorded_intervals_are_minos():
+    pytest.importorskip("iminuit")
+    peer = json.loads((PACKAGE / "scaling" / "peers.json").read_text("utf-8"))["minos"]
+    again = record_peers.minos(np.array(peer["x"]), np.array(peer["y"]), peer["noise"])
+    assert again["values"] == pytest.approx(peer["values"], rel=1e-5)
+    for name, ends in again["intervals"].items():
+        assert ends == pytest.approx(peer["intervals"][name], rel=1e-4)
+    x, y = record_peers.noisy()
+    assert x == pytest.approx(peer["x"]) and y == pytest.approx(peer["y"], abs=1e-12)
 
 
 def test_holding_out_the_largest_runs(runs):

@@ -5,12 +5,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from lablib.evidence.studies import matching, study
 from lablib.exercises import kaplan_scaling as exercises
 from lablib.models import GPT, GPTConfig
 from lablib.paths import data_dir
 from lablib.scaling import kaplan_scaling as kaplan
 from lablib.scaling import laws
 from lablib.scaling.counts import classic, classic_size, counts, forward_flops, non_embedding
+from lablib.studies import kaplan_scaling as runs_of_its_own
 
 PRINTED = kaplan.published()
 
@@ -137,6 +139,18 @@ def test_the_envelope_of_exact_curves_passes_where_they_cross():
 def test_positions_are_averaged_in_bins():
     losses = np.array([[4.0, 3, 2, 1], [6, 5, 4, 3]])
     assert kaplan.by_position(losses, np.array([0, 1, 4])).tolist() == [5.0, 3.0]
+
+
+def test_the_usual_start_has_the_best_rate_that_was_tried_at_both_budgets():
+    tuning = study("kaplan-scaling").runs("TUNING")
+    for (init, layers, dim, tokens), lr in runs_of_its_own.TUNED_STARTS.items():
+        where = {"group": "init", "init": init, "n_layers": layers, "dim": dim, "tokens": tokens}
+        tried = matching(tuning, **where)
+        assert len(tried) >= 3 and min(tried, key=lambda run: run["loss"])["lr"] == lr
+    for budget, ends in runs_of_its_own.BUDGETS.items():
+        for start in runs_of_its_own.STARTS:  # each as often, or the usual one more often
+            counts_of_tries = map(len, runs_of_its_own.started(tuning, start, budget=budget))
+            assert min(counts_of_tries) >= 3 and len(ends) == len(runs_of_its_own.SIZES)
 
 
 def no_scores(d_model, n_layer, n_ctx):

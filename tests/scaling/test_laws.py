@@ -2,10 +2,12 @@ import json
 
 import numpy as np
 import pytest
+import record_peers
 from scipy.optimize import minimize_scalar
 
 from lablib.paths import PACKAGE
 from lablib.scaling import laws
+from lablib.scaling.kaplan_scaling import published
 from lablib.scaling.laws import allocate
 
 PEERS = json.loads((PACKAGE / "scaling" / "peers.json").read_text("utf-8"))
@@ -22,6 +24,22 @@ def test_hoffmann_is_package_chinchillas(peer):
     assert laws.hoffmann(peer["values"], N=n, D=d) == pytest.approx(peer["loss"], rel=1e-10)
     found = np.array([allocate(laws.hoffmann, peer["values"], c) for c in PEERS["C"]]).T
     assert found == pytest.approx(np.array([peer["N_opt"], peer["D_opt"]]), rel=1e-10)
+
+
+def test_the_recorded_values_are_package_chinchillas():
+    pytest.importorskip("chinchilla")
+    again = record_peers.chinchillas()
+    assert again["laws"][0]["values"] == PEERS["laws"][0]["values"]
+    for name in ("N", "D", "C"):
+        assert again[name] == pytest.approx(PEERS[name], rel=1e-12)
+    for now, then in zip(again["laws"], PEERS["laws"], strict=True):
+        for name in ("loss", "N_opt", "D_opt"):
+            assert now[name] == pytest.approx(then[name], rel=1e-12)
+
+
+def test_the_published_corrections_are_those_that_peers_are_recorded_with():
+    for who, values in zip(("hoffmann", "corrected"), record_peers.VALUES):
+        assert {name: published()[f"{who}_{name}"] for name in values} == values
 
 
 def test_laws_are_their_equations():

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lablib.evidence.studies import Study
+from lablib.exercises import token_crisis as exercises
 from lablib.experts.accounting import flops
 from lablib.models import GPT, GPTConfig
+from lablib.papers import paper
 from lablib.scaling import token_crisis as tc
 from lablib.studies import token_crisis as study
 from lablib.training import fit, next_token_loss
@@ -170,3 +173,76 @@ def test_published_values_agree_with_the_counts():
         assert count / 1e6 == pytest.approx(printed[name], rel=0.02)
     assert printed["repeated"] < printed["smoothing"] < printed["dropout"] < printed["fresh"]
     assert all(row["source"] for row in tc.published().values())
+
+
+def test_a_valley_has_each_strength_once_at_the_rate_of_new_text():
+    rows = [
+        {"kind": "plain", "unique": 8, "lr": study.RATE},
+        {"kind": "plain", "unique": None},
+        {"kind": "slow", "unique": 8, "lr": study.SLOW},
+        {"kind": "dropout", "unique": 8, "strength": 0.1},
+        {"kind": "large", "unique": 8, "strength": 0.1},
+        {"kind": "large", "unique": 8, "lr": study.RATE},
+        {"kind": "large", "unique": 8, "lr": study.SLOW},
+    ]
+    assert study.valley(rows, 8) == {0.0: rows[0], 0.1: rows[3]}
+    assert study.valley(rows, None) == {0.0: rows[1]}
+    assert study.valley(rows, 8, "large") == {0.1: rows[4], 0.0: rows[5]}
+
+
+def test_what_is_carried_is_the_best_of_the_tuning_seed():
+    runs = Study(paper("token-crisis")).runs("TUNING")
+    experts = study.valley(runs, study.LITTLE, "experts")
+    assert min(experts, key=lambda p: experts[p]["loss"]) == study.CARRIED
+    plain = [r for r in runs if r["kind"] == "large" and "strength" not in r]
+    assert min(plain, key=lambda r: r["loss"])["lr"] == study.SLOW_LARGE
+
+
+def test_the_twins_have_nearly_as_many_parameters():
+    experts, large = (study.build(kind, 0).n_parameters(embeddings=False) for kind in study.TWINS)
+    assert 1 < experts / large < 1.12  # the paper's: 0.89, 0.86
+
+
+def not_scaled(x, draws, p):
+    return x * (draws >= p)
+
+
+def by_what_is_lost(x, draws, p):
+    return x * (draws >= p) / p
+
+
+def stream_lost_too(x, added, draws, p):
+    return (x + added) * (draws >= p)[:, None, None] / (1 - p)
+
+
+def path_not_scaled(x, added, draws, p):
+    return x + added * (draws >= p)[:, None, None]
+
+
+def all_experts_met(attention, feed_forward, layers, experts, shared):
+    stored, _ = exercises._counted(attention, feed_forward, layers, experts, shared)
+    return stored, layers * (attention + experts * feed_forward)
+
+
+def shared_met_once(attention, feed_forward, layers, experts, shared):
+    stored, met = exercises._counted(attention, feed_forward, layers, experts, shared)
+    return stored, met // layers if shared else met
+
+
+WRONG = {
+    "inverted_dropout": [not_scaled, by_what_is_lost],
+    "residual": [stream_lost_too, path_not_scaled],
+    "counted": [all_experts_met, shared_met_once],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_exercises_tell_right_from_wrong(name, tells_right_from_wrong):
+    tells_right_from_wrong(getattr(exercises, name), WRONG[name])
+
+
+@pytest.mark.parametrize("kind", study.OBJECTIVES)
+def test_a_decoder_learns_to_fill_in_what_was_taken_away(kind):
+    options = {"seed": 200, "unique": 4096, "batch": 1024}
+    losses = [study.run(kind, tokens=tokens, **options)["loss"] for tokens in (1024, 16384)]
+    assert losses[1] < losses[0] - 0.5

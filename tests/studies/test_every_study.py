@@ -30,6 +30,12 @@ def test_its_runs_are_whole_and_its_canary_lives(study):
     assert study.problems() == []
 
 
+@each_of_all
+def test_its_constants_are_stored(study):
+    if study.has_own:
+        assert study.read()[0].get("constants") == study.constants()
+
+
 @pytest.mark.parametrize("study", SHARED, ids=lambda study: study.paper.slug)
 def test_a_shared_study_is_read(study):
     assert any(study in [one for one, _ in reader.reads] for reader in STUDIES)
