@@ -16,6 +16,7 @@ from lablib.papers import Claim
 REPRODUCED = "reproduced"
 NOT_REPRODUCED = "not reproduced at this scale"
 NOT_JUDGED = "not judged"
+SIGNS = {REPRODUCED: "✔", NOT_REPRODUCED: "✘", NOT_JUDGED: "·"}
 MIN_SEEDS = 5
 
 

@@ -9,14 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from lablib.evidence.claims import REPRODUCED, judge
+from lablib.evidence.claims import NOT_REPRODUCED, REPRODUCED, SIGNS, judge
 from lablib.evidence.fingerprints import notebook_hash
 from lablib.evidence.studies import Study, StudyError, other_content, pinned
 from lablib.files import atomic_write
 from lablib.papers import Paper, papers, theme_folder, themes
 from lablib.paths import data_dir, project_dir
 
-MARKS = {REPRODUCED: "✔ reproduced", "not reproduced at this scale": "✘ not reproduced"}
+MARKS = {
+    REPRODUCED: f"{SIGNS[REPRODUCED]} reproduced",
+    NOT_REPRODUCED: f"{SIGNS[NOT_REPRODUCED]} not reproduced",
+}
 GRADING = data_dir() / "measured" / "grading.json"  # by notebook: what grading a submission takes
 JUDGED = ("summary", "verdict", "kind", "measured", "interval")  # what a verdict's values give
 
@@ -139,9 +142,10 @@ def _course(rows: list[State]) -> str:
         "| lab | minutes | memory, GB | graded in, seconds | memory then, GB | points |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
+    known = json.loads(GRADING.read_text("utf-8")) if GRADING.is_file() else {}
     start = project_dir() / "labs" / "00-start-here.ipynb"
     about = f"[00](../labs/{start.name}) Start here"
-    lines.append(_row(about, "", "", *_graded(start), str(points(start))))
+    lines.append(_row(about, "", "", *_graded(known, start), str(points(start))))
     for row in rows:
         if row.present:
             place = f"../labs/{theme_folder(row.paper.part, row.paper.theme)}/{row.paper.lab_name}"
@@ -150,13 +154,12 @@ def _course(rows: list[State]) -> str:
             lab = f"[{row.paper.lab}]({place}) {row.paper.title}"
             path = row.paper.paths["lab"]
             worth = str(points(path))
-            lines.append(_row(lab, _minutes(row) + _stale(row), peak, *_graded(path), worth))
+            lines.append(_row(lab, _minutes(row) + _stale(row), peak, *_graded(known, path), worth))
     return "\n".join(lines)
 
 
-def _graded(notebook: Path) -> tuple[str, str]:
-    """Seconds and memory of a run at the smoke tier, as `bench labs` has stored them."""
-    known = json.loads(GRADING.read_text("utf-8")) if GRADING.is_file() else {}
+def _graded(known: Mapping[str, Any], notebook: Path) -> tuple[str, str]:
+    """Seconds and memory of a run at the smoke tier. known: what `bench labs` has stored."""
     seen = known.get(notebook.stem)
     if not seen:
         return "", ""
@@ -314,12 +317,10 @@ def _wrong(paper: Paper, stored: Mapping[str, Any], values: Mapping[str, Any]) -
     except (ValueError, KeyError, TypeError) as error:
         return str(error)
     made = json.loads(json.dumps(asdict(again)))
-    key = next((key for key in JUDGED if not _same(made, stored, key)), None)
-    return (
-        ""
-        if key is None
-        else (f"stored as its {key} is {stored.get(key)!r}, its values give {made[key]!r}")
-    )
+    for key in JUDGED:
+        if not _same(made, stored, key):
+            return f"stored as its {key} is {stored.get(key)!r}, its values give {made[key]!r}"
+    return ""
 
 
 def _same(made: Mapping[str, Any], stored: Mapping[str, Any], key: str) -> bool:

@@ -5,6 +5,7 @@ import html
 
 import plotly.graph_objects as go
 
+from lablib.evidence.claims import SIGNS
 from lablib.evidence.coverage import State, states
 from lablib.lab import colab, figures
 from lablib.papers import papers, themes
@@ -83,9 +84,7 @@ def _spread() -> dict[str, float]:
 
 def _hover(state: State) -> str:
     paper = state.paper
-    marks = {
-        id: "✔" if row["verdict"] == "reproduced" else "✘" for id, row in state.verdicts.items()
-    }
+    marks = {id: SIGNS[row["verdict"]] for id, row in state.verdicts.items()}
     claims = "".join(
         f"<br>{marks.get(claim.id, '·')} {html.escape(claim.text)}"
         for claim in paper.claims

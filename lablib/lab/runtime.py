@@ -16,6 +16,7 @@ from lablib.evidence.claims import (
     NOT_JUDGED,
     NOT_REPRODUCED,
     REPRODUCED,
+    SIGNS,
     Verdict,
     judge,
     record,
@@ -26,7 +27,6 @@ from lablib.papers import Claim, Paper, paper
 
 Item = TypeVar("Item")
 COLORS = {REPRODUCED: "#009e73", NOT_REPRODUCED: "#d55e00", NOT_JUDGED: "#767676"}
-MARKS = {REPRODUCED: "✔", NOT_REPRODUCED: "✘", NOT_JUDGED: "·"}
 START = "start-here"
 
 
@@ -187,7 +187,7 @@ def _verdict_card(claim: Claim, verdict: Verdict) -> str:
     return (
         f"<div style='border-left:6px solid {color};padding:.4em 1em;margin:.5em 0;max-width:46em'>"
         f"<div>{html.escape(claim.text)}</div><table style='margin:.3em 0'>{body}</table>"
-        f"<b>{MARKS[verdict.verdict]} {verdict.verdict}{why}</b></div>"
+        f"<b>{SIGNS[verdict.verdict]} {verdict.verdict}{why}</b></div>"
     )
 
 

@@ -39,7 +39,8 @@ class Denoiser(NamedTuple):
 MODES = (0, 1, 2)  # UL2's [R], [X] and [S]
 SENTINELS = (*range(0xF5, 0x100), 0xC0, 0xC1, 3, 4, 5, 6, 7, 8)
 T5 = (Denoiser(0.15, 3.0),)
-# UL2's seven, section 3.1: regular, extreme by share or by length, and sequential denoising.
+# UL2's seven, section 3.1: regular, extreme by share or by length, and sequential denoising. The
+# numbers were not compared with the paper's own table, which was not at hand.
 UL2 = (
     *(Denoiser(0.15, mean) for mean in (3.0, 8.0)),
     *(Denoiser(0.5, mean, mode=1) for mean in (3.0, 8.0, 64.0)),

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from lablib.compression.recover import recover
-from lablib.evidence.studies import Pair, matching
+from lablib.evidence.studies import Pair, matching, paired
 from lablib.experts.digits import digits
 from lablib.models import pretrained
 from lablib.peft import layernorm_tuning as ln
@@ -195,8 +195,9 @@ def point(way: str, seed: int, rate: float) -> dict:
 
 RIVALS = {"attention": 1e-2, "mlp": 3e-3}  # rates; with connector, embedding and head
 POINTS = [{"way": "every", "seed": seed} for seed in SEEDS]
+ALONE = {"layernorm": TUNED["layernorm"]} | RIVALS  # the norms again, as a run like the rivals'
 POINTS += [
-    {"way": way, "seed": seed, "rate": rate} for way, rate in RIVALS.items() for seed in SEEDS
+    {"way": way, "seed": seed, "rate": rate} for way, rate in ALONE.items() for seed in SEEDS
 ]
 GRID = dict.fromkeys(("norms", "lora"), (0.03, 0.1, 0.3, 1.0))
 GRID |= {"lora-down": (0.01, 0.03, 0.1, 0.3), "lora-thin": (3e-3, 1e-2, 3e-2, 0.1)}
@@ -216,7 +217,7 @@ ROLES = {
     "gradient-variance": {"method": "norms variance", "baseline": "full variance"},
     "conversation": {"method": "questions named", "baseline": "norms named"},
     "beats-wide-lora": {"method": "norms loss", "baseline": "lora-all loss"},
-    "beats-attention": {"method": "layernorm loss", "baseline": "attention loss"},
+    "beats-attention": {"method": {"way": "layernorm"}, "baseline": {"way": "attention"}},
 }
 
 
@@ -244,6 +245,9 @@ def values(runs: list) -> dict:
     judged = {
         id: [Pair(run["seed"], run[role["method"]], run[role["baseline"]]) for run in by_seed(runs)]
         for id, role in ROLES.items()
+        if id != "beats-attention"
     }
+    alone = ROLES["beats-attention"]
+    judged["beats-attention"] = paired(runs, alone["method"], alone["baseline"], "loss")
     thirteen = ln.llama_counts(*LLAMAS["13B"]).norms / 1e6
     return judged | {"simple-share": [share(words=False)], "thirteen": [thirteen]}

@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
+import nbformat
 import pytest
 
 from lablib.paths import project_dir
@@ -65,6 +66,17 @@ def jupyter(tmp_path_factory):
     finally:
         server.terminate()
         server.wait(timeout=30)
+
+
+@pytest.fixture
+def notebook(jupyter, request):
+    """Path of a notebook of the test module's CELLS, relative to the server's root."""
+    cells = [nbformat.v4.new_code_cell(cell.strip()) for cell in request.module.CELLS]
+    book = nbformat.v4.new_notebook(cells=cells)
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    path = f"{request.path.stem.removeprefix('test_')}.ipynb"
+    nbformat.write(book, jupyter.root / path)
+    return path
 
 
 def _wait_for(address, server, seconds=90):

@@ -55,15 +55,6 @@ OUTPUTS = ".jp-OutputArea, .jp-MarkdownOutput"
 
 
 @pytest.fixture
-def notebook(jupyter):
-    """Path of a notebook of CELLS, relative to the server's root."""
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.strip()) for c in CELLS])
-    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
-    nbformat.write(book, jupyter.root / "access.ipynb")
-    return "access.ipynb"
-
-
-@pytest.fixture
 def opened(jupyter, notebook, page):
     """A page with that notebook, run."""
     open_lab(page, jupyter, notebook)

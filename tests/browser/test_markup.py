@@ -90,15 +90,6 @@ def harm(page):
 SAFE = [None, 0, 0]
 
 
-@pytest.fixture
-def notebook(jupyter):
-    """Path of a notebook of CELLS, relative to the server's root."""
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.strip()) for c in CELLS])
-    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
-    nbformat.write(book, jupyter.root / "markup.ipynb")
-    return "markup.ipynb"
-
-
 def touch(page):
     """Point at what shows words under the pointer, and follow what looks like a link in a plot."""
     for plot in page.locator(".js-plotly-plot .nsewdrag").all():

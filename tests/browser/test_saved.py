@@ -52,15 +52,6 @@ figures.show(figures.differences(rows, baseline="dense", unit="nats"))
 ]
 
 
-@pytest.fixture
-def notebook(jupyter):
-    """Path of a notebook of CELLS, relative to the server's root."""
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.strip()) for c in CELLS])
-    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
-    nbformat.write(book, jupyter.root / "saved.ipynb")
-    return "saved.ipynb"
-
-
 def pictures(page):
     """Plots and stored images of plots that can be seen, by width in pixels."""
     return page.evaluate(

@@ -300,7 +300,7 @@ def test_a_planted_defect_turns_the_verdict():
         told = {way: loss + 0.01 * seed * len(way) for way, loss in losses.items()}
         row = {f"{way} {key}": told[way] for way in losses for key in study.KEPT}
         runs.append({"way": "every", "seed": seed} | row)
-        for way in study.RIVALS:
+        for way in study.ALONE:
             runs.append({"way": way, "seed": seed} | dict.fromkeys(study.KEPT, 0.3))
     assert judge(claim, study.values(runs)["beats-lora"]).verdict == REPRODUCED
     never_added = [run | {"norms loss": 5.0} for run in runs]
