@@ -5,7 +5,7 @@ import os
 
 import nbformat
 import pytest
-from driving import menu, open_lab, run_all, shoot_all
+from driving import make_guess, menu, open_lab, run_all, shoot_all
 
 from lablib.paths import project_dir
 
@@ -111,10 +111,7 @@ def test_no_field_of_a_lab_runs_markup_live_saved_or_from_elsewhere(jupyter, not
     words = "\n".join(page.locator(".jp-OutputArea, .lablib-predict").all_inner_texts())
     assert [name for name in SEEN if f"{name} <img src=x onerror" not in words] == []
     for guess in page.locator(".lablib-predict").all():
-        radio = guess.locator("input[type=radio]")
-        if radio.count():
-            radio.first.check()
-        guess.get_by_role("button").click()
+        make_guess(page, guess)
     page.get_by_text("You guessed option <img").wait_for(timeout=15_000)
     page.locator(".lablib-explore input[type=checkbox]").uncheck()
     page.get_by_text("ValueError: raised <img").wait_for(timeout=15_000)
