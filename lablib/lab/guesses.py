@@ -31,9 +31,8 @@ class Guess:
         self.options = tuple(options)
         self.value: Any = None
         self.button = ipywidgets.Button(description="This is my guess")
-        self.button.disabled = (
-            True  # until the reader has chosen: where a slider stands is no guess
-        )
+        # Until the reader has chosen: where a slider stands is no guess.
+        self.button.disabled = True
         self.show_me: ipywidgets.Button | None = None
         self._reply, self._answer, self._below = place(), place(), place()
         picker.observe(self._picked, names="value")

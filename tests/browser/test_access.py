@@ -80,6 +80,16 @@ def tab_to(page, stop):
     raise AssertionError(f"twelve times Tab, and no control; {stop} was to come")
 
 
+def commit(page, nth):
+    """The button of the nth guess. It is enabled once the kernel has heard of a choice."""
+    return page.locator(".lablib-predict").nth(nth).get_by_role("button")
+
+
+def wait_enabled(page, nth):
+    button = commit(page, nth).element_handle()
+    page.wait_for_function("button => !button.disabled", arg=button, timeout=15_000)
+
+
 def press(page, *keys):
     """Press keys on an explorer's control; the picture must change."""
     box = page.locator(".lablib-explore")
@@ -90,11 +100,10 @@ def press(page, *keys):
 
 
 def test_tab_comes_to_every_control_each_with_its_name_and_in_sight(opened):
-    button = opened.locator(".lablib-predict").nth(1).get_by_role("button")
-    assert button.is_disabled(), "where a slider stands is no guess"
+    assert commit(opened, 1).is_disabled(), "where a slider stands is no guess"
     opened.locator(".lablib-predict [role=slider]").focus()
     opened.keyboard.press("ArrowRight")
-    opened.wait_for_function("button => !button.disabled", arg=button.element_handle())
+    wait_enabled(opened, 1)
     opened.locator(".lablib-predict input[type=radio]").first.focus()
     assert focused(opened) == STOPS[0]
     for stop in STOPS[1:]:
@@ -120,6 +129,7 @@ def test_a_guess_is_made_by_keys(opened):
     opened.locator(".lablib-predict input[type=radio]").first.focus()
     opened.keyboard.press("ArrowDown")
     assert focused(opened) == 'radio "two"'
+    wait_enabled(opened, 0)
     tab_to(opened, 'button "This is my guess"')
     opened.keyboard.press("Enter")
     opened.get_by_text("Your guess: two. Now run on.").wait_for(timeout=15_000)
