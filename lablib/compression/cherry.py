@@ -43,8 +43,8 @@ def impact(model: nn.Module, rows: Tensor, *roles: str) -> dict[str, Tensor]:
 def cherries(scores: Tensor, fraction: float, multiple: int = 1) -> Tensor:
     """Which weights are kept: (out, in) bool, in each row those with the largest scores.
 
-    fraction: of a row; multiple: what their number is rounded down to, 8 in the authors' code. At
-    least one is kept, unless the fraction is 0.
+    fraction: of a row; multiple: what their number is one of, 8 in the authors' code. `count` says
+    how it is rounded.
     """
     k = count(scores.shape[1], fraction, multiple)
     places = scores.topk(k, 1).indices  # (out, k)
@@ -86,8 +86,9 @@ def step_of_groups(weight: Tensor, ignore: Tensor, bits: int, group: int) -> Ten
 
 
 def count(size: int, fraction: float, multiple: int = 1) -> int:
-    """How many weights of a row of `size` are kept.
+    """How many weights of a row of `size` are kept: at least one, where any are.
 
+    Their fraction is rounded up to a whole number, and that down to a multiple.
     Raises ValueError for a fraction that is not from 0 to 1.
     """
     if not 0 <= fraction <= 1:

@@ -8,7 +8,7 @@ takes in^2 + out^2. Pairs of tokens that share the weight are left out ("expand"
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +66,23 @@ def kronecker_factors(
     _watched(model, rows, layers, add, sampled, batch)
     n = rows[:, 1:].numel()
     return {name: Factors(*(total.div_(n) for total in pair)) for name, pair in sums.items()}
+
+
+def by_blocks(
+    model: nn.Module, rows: Tensor, *roles: str, at_once: int = 5, **how
+) -> Iterator[dict[str, Factors]]:
+    """The same factors, those of a few neighbouring blocks at a time, each measured by itself.
+
+    All of SmolLM2's are 1.2 GB; of five blocks they are 0.2. Let a group go before the next one
+    comes. how: sampled and batch, as `kronecker_factors` takes them.
+    Raises ValueError when there is no block at once.
+    """
+    if at_once < 1:
+        raise ValueError(f"{at_once} blocks at once are none")
+    places = range(len(anatomy.blocks(model)))
+    for first in places[::at_once]:
+        group = places[first : first + at_once]
+        yield kronecker_factors(model, rows, *roles, blocks=group, **how)
 
 
 def token_pairs(model: nn.Module, rows: Tensor, name: str) -> tuple[Tensor, Tensor]:

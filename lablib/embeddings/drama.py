@@ -16,13 +16,14 @@ lists; of its prompt only the query is written. Masks are not learned: what stay
 from __future__ import annotations
 
 import csv
+import json
 import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +127,18 @@ def listwise(scores: Tensor, gains: Tensor) -> Tensor:
     Source: ListNet (Cao et al., 2007), top-one probabilities.
     """
     return -(gains.softmax(-1) * scores.log_softmax(-1)).sum(-1).mean()
+
+
+def recorded() -> dict[str, Any]:
+    """What sentence-transformers made of drawn vectors: "versions", "sizes", "given", "computed".
+
+    The last two have tensors, float64. `data/published/drama-losses.json`, which is written by
+    tests/embeddings/record_drama.py.
+    """
+    told = json.loads((data_dir() / "published" / "drama-losses.json").read_text("utf-8"))
+    for part in ("given", "computed"):
+        told[part] = {key: torch.tensor(v, dtype=torch.float64) for key, v in told[part].items()}
+    return told
 
 
 # Published shapes. That of the middle model was not found.

@@ -14,6 +14,7 @@ from lablib.lab import figures
 from lablib.lab.frames import recorded
 from lablib.lab.place import place
 from lablib.lab.ranges import loose
+from lablib.lab.veil import answers, veiled
 from lablib.lab.widgets import STYLE, TEXTS, Panel, control, moves, rehearsed, view
 
 # What follows a reader's own widget: one for each function, so that a cell run again replaces it.
@@ -74,7 +75,8 @@ class Explorer:
 
     def _ipython_display_(self) -> None:
         if tiers.static():
-            display(self.data | recorded(self.controls, self._made), raw=True)
+            shown = veiled(self.data) if answers() else self.data
+            display(shown | recorded(self.controls, self._made), raw=True)
             names = ", ".join(widget.description for widget in self.controls.values())
             display(HTML(f"<i>Run this cell to move: {html.escape(names)}.</i>"))
             return

@@ -12,7 +12,7 @@ from IPython.display import display
 from lablib.evidence import tiers
 from lablib.lab import figures
 from lablib.lab.place import place
-from lablib.lab.veil import veiled
+from lablib.lab.veil import answer, veiled
 from lablib.lab.widgets import STYLE, WIDE, Panel, moves, rehearsed, slider, view
 
 HIDDEN = "Hidden until you have committed to a guess above, or ask."
@@ -68,8 +68,9 @@ class Guess:
         """
         self.actual, self.meaning = actual, meaning
         self._picture = None if figure is None else figures.bundle(figure)
-        if self._picture and tiers.static():
-            self._picture = veiled(self._picture)
+        if tiers.static():
+            answer()
+            self._picture = self._picture and veiled(self._picture)
         self._answer, self._below = place(), place()
         hidden = self.value is None and not tiers.static()
         told = self._folded() if tiers.static() else self._told(self.value)

@@ -2,11 +2,14 @@
 
 from typing import Any
 
+from IPython import get_ipython
+
 from lablib.lab.alternatives import carrying
 from lablib.lab.figures import PLOTLY
 
 HIDDEN = "The picture is hidden. Its button shows it."
 SHOW = "Show the picture"
+_answered: int | None = None  # the number of the last cell that told an answer
 
 
 def veiled(data: dict[str, Any]) -> dict[str, Any]:
@@ -39,6 +42,22 @@ def veiled(data: dict[str, Any]) -> dict[str, Any]:
     traces = [{**trace, "visible": False} for trace in plot["data"]]
     covered = {**plot, "data": traces, "layout": {**still, "updatemenus": [menu]}}
     return {**data, PLOTLY: carrying(covered, HIDDEN), "text/plain": HIDDEN}
+
+
+def answer() -> None:
+    """Say that the cell that runs tells an answer; its pictures further down may tell it, too."""
+    global _answered
+    _answered = _cell()
+
+
+def answers() -> bool:
+    """Whether the cell that runs has told an answer."""
+    return _answered is not None and _answered == _cell()
+
+
+def _cell() -> int | None:
+    shell = get_ipython()
+    return None if shell is None else shell.execution_count
 
 
 def is_veiled(plot: dict[str, Any]) -> bool:

@@ -87,19 +87,14 @@ def noisy_(model: nn.Module, p: float, drop: Callable[[Tensor, float], Tensor] =
     return noise
 
 
-def switched_on(noise: Noise, p: float, step: int):
+def switched_on(noise: Noise, p: float, step: int) -> object:
     """The callback that sets the noise to p from a step on: late dropout, section 4.
 
     Give it to `fit(..., callbacks=[...])`, with a noise that starts at 0.
     """
-    from lightning import Callback
+    from lablib.scaling.late_dropout import SwitchedOn  # it imports Lightning
 
-    class SwitchedOn(Callback):
-        def on_train_batch_start(self, trainer, module, batch, batch_index):
-            if trainer.global_step >= step:
-                noise.p = p
-
-    return SwitchedOn()
+    return SwitchedOn(noise, p, step)
 
 
 def share_blocks_(model: nn.Module) -> nn.Module:

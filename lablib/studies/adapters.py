@@ -266,10 +266,22 @@ POINTS = [
 TUNING = [{"kind": "rates", "seed": 100}, {"kind": "rates", "seed": 100, "lower": True}]
 CANARY = {"kind": "lora", "seed": 200, "rate": 1e-3, "steps": 2, "judged": 40}
 
-ROLES = {  # "competitive": whoever adds nothing is not
-    "competitive": {"method": f"{BEST}_accuracy", "baseline": "head_accuracy"},
-    "capacity-rate": {"method": f"rank_{max(RANKS)}", "baseline": f"rank_{min(RANKS)}"},
-    "parallel-time": {"method": "parallel_seconds", "baseline": "passes_seconds"},
+ROLES = {  # no control is stored: one would need a second thin bottleneck, or adapters in turns
+    "competitive": {  # whoever adds nothing is not: it stands in the baseline's place already
+        "method": f"{BEST}_accuracy",
+        "baseline": "head_accuracy",
+        "control": None,
+    },
+    "capacity-rate": {
+        "method": f"rank_{max(RANKS)}",
+        "baseline": f"rank_{min(RANKS)}",
+        "control": None,
+    },
+    "parallel-time": {
+        "method": "parallel_seconds",
+        "baseline": "passes_seconds",
+        "control": None,
+    },
 }
 
 

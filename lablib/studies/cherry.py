@@ -11,7 +11,9 @@ exact, and its neighbours get finer levels; under the second only one.
 
 Training is straight through the rounding, 150 steps with the paper's optimizer. The rate was tuned
 on another seed, four tries each for the method and for plain quantization-aware training; where
-the largest weights are kept, the method's is taken. The paper's rate was among them.
+the largest weights are kept, the method's is taken. The paper's rate was among them. On the first
+five seeds the method was ahead by less than their spread; with that known twelve others were
+declared, and what is trained is judged on these alone.
 
 "ranks" compares impacts with brute force: one weight at a time is moved up and down by the same
 amount, in double precision, and the mean change of the loss taken.
@@ -290,6 +292,7 @@ def fixed_rows() -> torch.Tensor:
 
 
 SEEDS = range(5)
+FRESH = range(5, 17)  # of what is trained
 REASONS = ("impact", "magnitude", "activation", "error", "random")
 FRACTIONS = (1 / 256, KEPT, 1 / 16)
 TRAINING = {"kind": "loss", "bits": 3, "steps": STEPS, "rows": 16}
@@ -322,7 +325,7 @@ def kept_by(by: str) -> float:
     return 0.0 if by == "nothing" else PAPER
 
 
-POINTS = [*(point for seed in SEEDS for point in scored(seed)), *trained(SEEDS, TUNED)]
+POINTS = [*(point for seed in SEEDS for point in scored(seed)), *trained(FRESH, TUNED)]
 TUNING = trained(110, dict.fromkeys(("impact", "nothing"), (PUBLISHED_LR, 5e-5, 1e-4, 3e-4)))
 CANARY = {
     "kind": "loss",
@@ -338,30 +341,36 @@ CANARY = {
 
 
 def case(by: str, bits: int = 3, frozen: bool = False) -> dict:
-    """What names the runs without training that keep 1/64."""
-    return {"by": by, "bits": bits, "fraction": KEPT, "frozen": frozen, "steps": 0}
+    """What names the runs without training that keep 1/64, or nothing, which freezes nothing."""
+    keeps = by != "nothing"
+    how = {"fraction": KEPT if keeps else 0.0, "frozen": frozen and keeps}
+    return {"by": by, "bits": bits, "steps": 0} | how
 
 
-def against(baseline: str, *how, control: str = "") -> dict:
+def against(baseline: str, control: str, *how) -> dict:
     """Weights kept by impact, against those that are kept for another reason."""
-    role = {"method": case("impact", *how), "baseline": case(baseline, *how)}
-    return role | ({"control": case(control, *how)} if control else {})
+    sides = {"method": "impact", "baseline": baseline, "control": control}
+    return {side: case(by, *how) for side, by in sides.items()}
 
 
-_TRAINED = {"by": "impact", "steps": STEPS}
+_IMPACT, _LARGEST, _NOTHING = (
+    {"by": by, "steps": STEPS} for by in ("impact", "magnitude", "nothing")
+)
 ROLES = {
-    "trained": {"method": _TRAINED, "baseline": {"by": "nothing", "steps": STEPS}},
-    "trained-magnitude": {"method": _TRAINED, "baseline": {"by": "magnitude", "steps": STEPS}},
+    # Kept for their size, weights are as far ahead of nothing: "trained-magnitude" judges the rest.
+    "trained": {"method": _IMPACT, "baseline": _NOTHING, "control": None},
+    "trained-magnitude": {"method": _IMPACT, "baseline": _LARGEST, "control": _NOTHING},
     "uneven": {"method": "impact", "baseline": "magnitude", "control": "uniform"},
     "uneven-squares": {"method": "impact", "baseline": "squares", "control": "uniform"},
-    "ranks": {"method": "rank_impact", "baseline": "rank_magnitude"},
-    "magnitude": against("magnitude", control="random"),
-    "magnitude-frozen": against("magnitude", 3, True, control="random"),
-    "magnitude-2": against("magnitude", 2),
-    "magnitude-frozen-2": against("magnitude", 2, True, control="random"),
-    "random": against("random"),
-    "random-frozen": against("random", 3, True),
-    "random-2": against("random", 2),
+    # No control: how a ranking at random goes with brute force is not stored.
+    "ranks": {"method": "rank_impact", "baseline": "rank_magnitude", "control": None},
+    "magnitude": against("magnitude", "random"),
+    "magnitude-frozen": against("magnitude", "random", 3, True),
+    "magnitude-2": against("magnitude", "random", 2),
+    "magnitude-frozen-2": against("magnitude", "random", 2, True),
+    "random": against("random", "nothing"),
+    "random-frozen": against("random", "nothing", 3, True),
+    "random-2": against("random", "nothing", 2),
 }
 
 

@@ -127,9 +127,10 @@ POINTS: list[dict] = grid(kind="grid", seed=range(5))
 TUNING: list[dict] = []
 CANARY = {"kind": "made up", "seed": 7}
 READS = {"scaling-grid": {"part": ("steps", "size-data")}}
+# No control is stored: of a seed there are two ends of the data, and one exponent of each kind.
 ROLES = {
-    "data": {"method": "late", "baseline": "early"},
-    "not-size": {"method": "in_data", "baseline": "in_size"},
+    "data": {"method": "late", "baseline": "early", "control": None},
+    "not-size": {"method": "in_data", "baseline": "in_size", "control": None},
 }
 
 
@@ -144,10 +145,10 @@ def values(runs: list) -> dict:
         id: [Pair(row["seed"], row[role["method"]], row[role["baseline"]]) for row in own]
         for id, role in ROLES.items()
     }
-    return made | {"per-token": per_token()}
+    return made | {"coefficient": coefficient(), "per-token": coefficient(tokens=20)}
 
 
-def per_token() -> float:
-    """The published law's coefficient in tokens, at 20 tokens a parameter."""
+def coefficient(tokens: int = 1) -> float:
+    """The published law's, in sequences at a million parameters; or tokens, so many a parameter."""
     sizes, critical = cbs.published_critical()
-    return cbs.critical_law(20 * sizes, critical).coefficient
+    return cbs.critical_law(tokens * sizes, critical).coefficient

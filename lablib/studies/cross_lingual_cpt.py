@@ -246,13 +246,20 @@ CANARY = {
     "factor": 0.16,
     "windows": 16,
 }
+
+
+def versus(method: str, baseline: str) -> dict:
+    """A claim's roles. No control is stored: what lacks English, or replay, is the baseline."""
+    return {"method": method, "baseline": baseline, "control": None}
+
+
 ROLES = {
-    "continued": {"method": "loss_continued", "baseline": "loss_scratch"},
-    "joint": {"method": "error_joint", "baseline": "error_plain"},
-    "script": {"method": "saved_chichewa", "baseline": "saved_hebrew"},
-    "replay": {"method": "english_replay", "baseline": "english_after"},
-    "fades": {"method": "saved_early", "baseline": "saved_chichewa"},
-    "larger": {"method": "saved_chichewa", "baseline": "saved_small"},
+    "continued": versus("loss_continued", "loss_scratch"),
+    "joint": versus("error_joint", "error_plain"),
+    "script": versus("saved_chichewa", "saved_hebrew"),
+    "replay": versus("english_replay", "english_after"),
+    "fades": versus("saved_early", "saved_chichewa"),
+    "larger": versus("saved_chichewa", "saved_small"),
 }
 
 

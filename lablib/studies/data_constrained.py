@@ -115,11 +115,20 @@ CANARY = {
 }
 READS = {"scaling-grid": {"part": ("size-data", "repetition")}}
 REPEATED = SIZE | {"part": "repetition", "tokens": 2 * MB}
+# None: that a repeated byte counts, which `not-once` credits, holds if it counts as new, too.
 ROLES = {
-    "epochs": {"method": {"unique": 256 * KB}, "baseline": {"unique": MB}},
-    "decay-law": {"method": "error_decay", "baseline": "error_seen"},
-    "not-once": {"method": "error_decay", "baseline": "error_unique"},
-    "code": {"method": {"kind": "code", "part": None}, "baseline": REPEATED | {"kind": None}},
+    "epochs": {
+        "method": {"part": "repetition", "unique": 256 * KB},
+        "baseline": {"part": "repetition", "unique": MB},
+        "control": {"part": "size-data"},  # all new
+    },
+    "decay-law": {"method": "error_decay", "baseline": "error_seen", "control": "error_unique"},
+    "not-once": {"method": "error_decay", "baseline": "error_unique", "control": None},
+    "code": {
+        "method": {"kind": "code", "part": None},
+        "baseline": REPEATED | {"kind": None},
+        "control": REPEATED | {"tokens": MB, "unique": 256 * KB},  # four passes, and no code
+    },
 }
 
 
@@ -137,10 +146,15 @@ def values(runs: list) -> dict:
 
 
 def excess(
-    runs: list, unique: int, tokens: int = 4 * MB, n_layers: int = 1, dim: int = 32
+    runs: list,
+    unique: int,
+    tokens: int = 4 * MB,
+    n_layers: int = 1,
+    dim: int = 32,
+    part: str = "repetition",
 ) -> dict[int, float]:
     """Nats above the loss on new text of the same length, by seed."""
     size = {"n_layers": n_layers, "dim": dim, "tokens": tokens}
-    repeated = size | {"part": "repetition", "unique": unique}
+    repeated = size | {"part": part, "unique": unique}
     pairs = paired(runs, repeated, size | {"part": "size-data"}, "loss")
     return {pair.seed: pair.method - pair.baseline for pair in pairs}

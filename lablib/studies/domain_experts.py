@@ -7,10 +7,13 @@ window of 64 tokens is predicted by the experts that its document's text before 
 corpora that the package has would put held-out text into training in other words: two more English
 Bibles hold the same verses, and Python's source holds the texts of its documentation.
 
-Tuned, on another seed, for the dense model and for eight experts alike: the rate of the second
-phase. Temperature 0.1, the default of the paper's code, was the best of those tried there, too.
-Not tuned: the seed model's length. Tried and left out: 16 clusters, which need more steps than this
-study has; on the tuning seed they came near the dense model and not below eight.
+Tuned, on another seed, for the dense model, for two experts and for eight alike: the rate of the
+second phase. Temperature 0.1, the default of the paper's code, was the best of those tried there,
+too. Not tuned: the seed model's length. Tried and left out: 16 clusters, which need more steps than
+this study has; on the tuning seed they came near the dense model and not below eight.
+
+Two experts for a text came within a hair of what is allowed on the first five seeds, known when
+twelve were declared; that claim is judged on twelve others, of which no other claim has runs.
 """
 
 from functools import lru_cache
@@ -21,7 +24,6 @@ import torch
 from lablib.data import Batches
 from lablib.data.mixtures import mixture
 from lablib.evidence import Pair, grid, paired
-from lablib.evidence.studies import matching
 from lablib.experts import domain_experts as de
 from lablib.experts.clusters import kmeans, means, squared_distances
 from lablib.experts.switch_transformers import reduced_init_
@@ -114,35 +116,44 @@ def judged(log_probs: torch.Tensor, distances: torch.Tensor, temperature: float)
 
 
 LONG, SHORT, SEEDS = 800, 200, range(5)
-TUNED = {1: 2e-2, 8: 2e-2}  # the rate, by the number of clusters
+FRESH = range(10, 22)  # of the claim that two experts for a text are enough
+TUNED = {1: 2e-2, 2: 4e-2, 8: 2e-2}  # the rate, by the number of clusters
 KINDS = [
     *grid(clusters=1, by="content", steps=(LONG, SHORT), lr=TUNED[1]),
-    *grid(clusters=(2, 8), by="content", steps=(LONG, SHORT), lr=TUNED[8]),
+    *grid(clusters=2, by="content", steps=(LONG, SHORT), lr=TUNED[2]),
+    *grid(clusters=8, by="content", steps=(LONG, SHORT), lr=TUNED[8]),
     *grid(clusters=8, by="chance", steps=LONG, lr=TUNED[8]),
 ]
 # Seed by seed, since runs of one seed share their seed model.
 POINTS = [kind | {"seed": seed} for seed in SEEDS for kind in KINDS]
-TUNING = [
-    *grid(clusters=(1, 8), by="content", steps=LONG, lr=(1e-2, 2e-2, 4e-2), seed=100),
-]
+POINTS += grid(clusters=8, by="content", steps=LONG, lr=TUNED[8], seed=FRESH)
+RATES = (1e-2, 2e-2, 4e-2, 8e-2)
+TUNING = grid(clusters=(1, 2, 8), by="content", steps=LONG, lr=RATES, seed=100)
 CANARY = {"seed": 200, "clusters": 2, "steps": 8, "start": 4, "documents": 300, "held_out": 4}
 
 _DENSE = {"clusters": 1, "by": "content"}
 _EIGHT = {"clusters": 8, "by": "content"}
+_CHANCE = {"clusters": 8, "by": "chance"}
+# Chance was trained for the long budget alone: no control is stored of what compares two budgets.
 ROLES = {
     "dense": {
         "method": _EIGHT | {"steps": LONG},
         "baseline": _DENSE | {"steps": LONG},
-        "control": {"clusters": 8, "by": "chance"},
+        "control": _CHANCE,
     },
-    "chance": {"method": _EIGHT | {"steps": LONG}, "baseline": {"clusters": 8, "by": "chance"}},
-    "two-experts": {"method": "excess", "baseline": "allowed"},
-    "growth": {"method": _EIGHT, "baseline": _DENSE},
+    "chance": {"method": _EIGHT | {"steps": LONG}, "baseline": _CHANCE, "control": None},
+    "two-experts": {"method": "excess", "baseline": "allowed", "control": None},
+    "growth": {"method": _EIGHT, "baseline": _DENSE, "control": None},
     "more-experts": {
         "method": _EIGHT | {"steps": LONG},
         "baseline": {"clusters": 2, "by": "content", "steps": LONG},
+        "control": _CHANCE,
     },
-    "optimum": {"method": _EIGHT, "baseline": {"clusters": 2, "by": "content"}},
+    "optimum": {
+        "method": _EIGHT,
+        "baseline": {"clusters": 2, "by": "content"},
+        "control": None,
+    },
 }
 
 
@@ -151,8 +162,8 @@ def values(runs: list) -> dict:
     made = {id: paired(runs, *_sides(id), "loss") for id in ("dense", "chance", "more-experts")}
     made |= {id: gains(runs, *_sides(id)) for id in ("growth", "optimum")}
     method, baseline = _sides("two-experts")
-    long = matching(runs, **ROLES["dense"]["method"])
-    return made | {"two-experts": [Pair(r["seed"], r[method], r[baseline]) for r in long]}
+    fresh = [run for run in runs if run["seed"] in FRESH]
+    return made | {"two-experts": [Pair(r["seed"], r[method], r[baseline]) for r in fresh]}
 
 
 def gains(runs: list, method: dict, baseline: dict) -> list:

@@ -266,7 +266,8 @@ ROLES = {
         "baseline": "tuned | docstrings",
         "control": "tiny-4m, mean | docstrings",
     },
-    "prompts": {"method": "own prompts", "baseline": "one prompt"},
+    # No control is stored: without a prompt there is a score for each task, and no mean of halves.
+    "prompts": {"method": "own prompts", "baseline": "one prompt", "control": None},
 }
 
 

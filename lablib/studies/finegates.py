@@ -340,13 +340,21 @@ TUNING = [
     for level in levels
 ]
 CANARY = {"kind": "chosen", "seed": 200, "level": 1, "steps": 2, "train": 20, "test": 20}
-ROLES = {  # two results of one run
-    "free-compression": {"method": "low_judged", "baseline": "lora_judged"},
-    "pruning": {"method": "low_judged", "baseline": "magnitude_judged"},
-    "small-data": {"method": "few_judged", "baseline": "full_judged"},
-    "speed": {"method": "high_cut_seconds", "baseline": "high_dense_seconds"},
-    "high": {"method": "high_judged", "baseline": "lora_judged"},
-    "choice": {"method": "chosen_judged", "baseline": "magnitude_judged"},
+
+
+def against(method: str, baseline: str, control: str) -> dict[str, str]:
+    """What a claim compares, two results of one run, and what lacks what it credits."""
+    return {"method": method, "baseline": baseline, "control": control}
+
+
+RANDOM = "random_judged"  # the same shapes as the gates of "low" left, of any rows and columns
+ROLES = {
+    "free-compression": against("low_judged", "lora_judged", RANDOM),
+    "pruning": against("low_judged", "magnitude_judged", RANDOM),
+    "small-data": against("few_judged", "full_judged", "few-head_judged"),
+    "speed": against("high_cut_seconds", "high_dense_seconds", "low_dense_seconds"),  # nothing cut
+    "high": against("high_judged", "lora_judged", RANDOM),  # less is cut than by its own gates
+    "choice": against("chosen_judged", "magnitude_judged", RANDOM),
 }
 
 
@@ -355,7 +363,7 @@ def values(runs: list) -> dict:
     share = {"share": 100 * n_gates(768, 3072, 12) / ROBERTA}
     return share | {
         id: [Pair(run["seed"], run[ours], run[theirs]) for run in runs if ours in run]
-        for id, (ours, theirs) in ((id, role.values()) for id, role in ROLES.items())
+        for id, (ours, theirs, _) in ((id, role.values()) for id, role in ROLES.items())
     }
 
 

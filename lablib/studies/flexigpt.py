@@ -254,14 +254,16 @@ CANARY = {
 }
 
 _SHARED = {"kind": "shared"}
+# None where the method without what it is credited with (normalized outputs, a start at singular
+# values, blocks that run twice, training) is the baseline, and no other run lacks it.
 ROLES = {
-    "recovered": {"method": _SHARED, "baseline": {"kind": "lora"}},
-    "norm-start": {"method": "normalized", "baseline": "bare"},
-    "norm-final": {"method": _SHARED, "baseline": {"kind": "bare"}},
-    "longer": {"method": {"kind": "longer"}, "baseline": {"kind": "base"}},
-    "init": {"method": _SHARED, "baseline": {"kind": "zero"}},
-    "start-dropped": {"method": "normalized", "baseline": "dropped"},
-    "lora": {"method": "loss", "baseline": "start"},
+    "recovered": {"method": _SHARED, "baseline": {"kind": "lora"}, "control": {"kind": "zero"}},
+    "norm-start": {"method": "normalized", "baseline": "bare", "control": None},
+    "norm-final": {"method": _SHARED, "baseline": {"kind": "bare"}, "control": None},
+    "longer": {"method": {"kind": "longer"}, "baseline": {"kind": "base"}, "control": None},
+    "init": {"method": _SHARED, "baseline": {"kind": "zero"}, "control": None},
+    "start-dropped": {"method": "normalized", "baseline": "dropped", "control": "bare"},
+    "lora": {"method": "loss", "baseline": "start", "control": None},
 }
 
 

@@ -183,13 +183,15 @@ TUNING = [
 ]
 CANARY = {"seed": 200, "sizes": ((1, 16),), "experts": (1, 2), "tokens": 8 * KB, "less": 0}
 CANARY |= {"masked": 0.5, "lr": 0.01, "windows": 16}
+# No control is stored: laws that are not told, dense models and no idle term are the baselines.
 ROLES = {
-    "held-out": {"method": "error_told", "baseline": "error_untold"},
-    "experts": {"method": "loss_experts", "baseline": "loss_dense"},
-    "idle": {"method": "c", "baseline": "no_c"},
+    "held-out": {"method": "error_told", "baseline": "error_untold", "control": None},
+    "experts": {"method": "loss_experts", "baseline": "loss_dense", "control": None},
+    "idle": {"method": "c", "baseline": "no_c", "control": None},
     "masks": {
         "method": {"sizes": [[2, 32]], "experts": [1]},
         "baseline": {"sizes": [[1, 16]], "experts": [1]},
+        "control": None,
     },
 }
 

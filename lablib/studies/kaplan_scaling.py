@@ -126,10 +126,16 @@ STARTS = {
 }
 JUDGED = ("1/√dim", "0.02")  # the others were tried on the tuning seed alone
 BUDGETS = {"a quarter of a MiB": (SHORT,) * 3, "2 MiB, the largest 1": (LONG, LONG, MB)}  # of SIZES
+SMALLER = {"n_layers": 1, "dim": 16}
+# None: no group of runs differs in nothing from the base, and no smaller model repeats its text.
 ROLES = {
-    "sample-efficiency": {"method": LARGE, "baseline": SMALL},
-    "shapes": {"method": {"group": "shape"}, "baseline": {"group": "size"}},
-    "overfitting": {"method": {"n_layers": 3, "dim": 64}, "baseline": SMALL},
+    "sample-efficiency": {"method": LARGE, "baseline": SMALL, "control": SMALLER},
+    "shapes": {"method": {"group": "shape"}, "baseline": {"group": "size"}, "control": None},
+    "overfitting": {
+        "method": {"n_layers": 3, "dim": 64},
+        "baseline": SMALL,
+        "control": None,
+    },
 }
 
 

@@ -12,7 +12,8 @@ verses and on headings of Django's documentation; its middle depth was fixed on 
 A cut counts as no worse than the whole model less a margin, or than the whole model before
 training where that is more: so that cutting has to keep what training brings. Rates were tuned for
 each cut on one other seed, on chapters of their own, with as many tries for each; one and the same
-was best for all.
+was best for all. Five seeds, 0 to 4, were too few to tell a cut's loss from its margin: with that
+known, and nothing else changed, twelve others were declared, and they alone are judged.
 
 Smaller than the specification has it, for time: fewer steps, one tuning seed instead of two, 128
 triples for the initial losses instead of a hundred batches of 64, and MiniLM, which is an encoder
@@ -193,8 +194,8 @@ GRID = (5e-4, 1.5e-3, 4.5e-3)
 TUNED = dict.fromkeys(("1", "2", "3", "4", "influence"), 1.5e-3)
 MIDDLE = 18  # depth; 17 to 19 were the best on the tuning seed
 
-SEEDS = range(5)
-POINTS = [{"kept": "1", "seed": 0}]
+SEEDS = range(10, 22)
+POINTS = [{"kept": "1", "seed": SEEDS[0]}]
 POINTS += [{"kept": kept, "seed": seed} for seed in SEEDS for kept in ("all", "depths")]
 TUNING = [{"kept": "all", "seed": 100, "attempt": attempt} for attempt in range(len(GRID))]
 TUNING += [{"kept": "depths", "seed": 100}]
@@ -204,8 +205,8 @@ CANARY = {"kept": "all", "seed": 200, **TINY}
 ROLES = {
     "cut-30": {"method": "3 trained", "baseline": "4 before", "control": "3 before"},
     "cut-75": {"method": "1 trained", "baseline": "4 before", "control": "1 before"},
-    "middle": {"method": "middle", "baseline": "last"},
-    "choice": {"method": "chosen", "baseline": "random"},
+    "middle": {"method": "middle", "baseline": "last", "control": None},  # others are in lists
+    "choice": {"method": "chosen", "baseline": "random", "control": "4 before"},
     "first": {"method": "2 trained", "baseline": "influence trained", "control": "2 before"},
 }
 

@@ -210,14 +210,28 @@ GRID |= dict.fromkeys(("layernorm", "attention"), (1e-3, 3e-3, 1e-2, 3e-2))
 TUNING = [point(way, 100, rate) for way, rates in GRID.items() for rate in rates]
 CANARY = {"way": "layernorm", "seed": 200, "rate": 1e-2, "steps": 2, "first": 2, "held_out": 8}
 
+
+def against(method: str, baseline: str, control: str = "none") -> dict[str, str]:
+    """What a claim compares, two results of a seed; the control is the same of another way.
+
+    method, baseline: a way and what of it. "none" is what nothing has tuned.
+    """
+    what = method.partition(" ")[2]
+    return {"method": method, "baseline": baseline, "control": f"{control} {what}"}
+
+
 ROLES = {
-    "beats-lora": {"method": "norms loss", "baseline": "lora loss", "control": "none loss"},
-    "memory": {"method": "norms bytes", "baseline": "lora-all bytes", "control": "full bytes"},
-    "similarity": {"method": "norms similarity", "baseline": "full similarity"},
-    "gradient-variance": {"method": "norms variance", "baseline": "full variance"},
-    "conversation": {"method": "questions named", "baseline": "norms named"},
-    "beats-wide-lora": {"method": "norms loss", "baseline": "lora-all loss"},
-    "beats-attention": {"method": {"way": "layernorm"}, "baseline": {"way": "attention"}},
+    "beats-lora": against("norms loss", "lora loss"),
+    "memory": against("norms bytes", "lora-all bytes", control="full"),
+    "similarity": against("norms similarity", "full similarity"),
+    "gradient-variance": against("norms variance", "full variance"),
+    "conversation": against("questions named", "norms named"),
+    "beats-wide-lora": against("norms loss", "lora-all loss"),
+    "beats-attention": {  # the control tunes another part in the norms' place
+        "method": {"way": "layernorm"},
+        "baseline": {"way": "attention"},
+        "control": {"way": "mlp"},
+    },
 }
 
 

@@ -295,7 +295,8 @@ ROLES = {
         "baseline": {"kind": "dense", "n_layers": 2},
         "control": _RANDOM,
     },
-    "random": {"method": _ROUTER, "baseline": _RANDOM},
+    # No other router that learned nothing is stored: the coins are the baseline themselves.
+    "random": {"method": _ROUTER, "baseline": _RANDOM, "control": None},
     "decode-time": {
         "method": "routed_seconds",
         "baseline": "dense_seconds",

@@ -250,15 +250,17 @@ TUNING = grid(kind="split", seed=range(100, 120)) + grid(kind="hard", seed=100, 
 CANARY = {"kind": "canary", "seed": 200, "keep": 38, "documents": 40, "size": 10}
 
 ROLES = {
+    # Random halves are enough, too: that the choice matters is judged by "better-than-random".
     "halved": {"method": "predictable", "baseline": "enough", "control": "one"},
-    "better-than-random": {"method": "predictable", "baseline": "random"},
+    "better-than-random": {"method": "predictable", "baseline": "random", "control": "any"},
     "best-models": {
         "method": "predictable, best models",
         "baseline": "enough",
-        "control": "one",
+        "control": "random, best models",
     },
-    "by-error": {"method": "error", "baseline": "random"},
-    "hard-negatives": {"method": "hard", "baseline": "chance"},
+    "by-error": {"method": "error", "baseline": "random", "control": "any"},
+    # No control is stored: documents at random are the baseline.
+    "hard-negatives": {"method": "hard", "baseline": "chance", "control": None},
 }
 
 

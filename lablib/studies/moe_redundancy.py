@@ -240,12 +240,17 @@ TUNING = [
 ]
 CANARY = {"steps": 3, "text_steps": 3, "drawn": 0, "rows": 16, "seed": 200}
 CANARY |= {"arms": ["idle", "none", "full"]}
+# None: only two arms draw, and chance is the control; a gain is one over no update already.
 ROLES = {
-    "recognized": {"method": "recognized_idle", "baseline": "chance"},
-    "start": {"method": "loss_idle", "baseline": "loss_random_start"},
-    "efficiency": {"method": "gain_idle", "baseline": "gain_all"},
-    "full": {"method": "loss_full", "baseline": "loss_idle"},
-    "margin": {"method": "loss_idle", "baseline": "loss_all"},
+    "recognized": {"method": "recognized_idle", "baseline": "chance", "control": None},
+    "start": {
+        "method": "loss_idle",
+        "baseline": "loss_random_start",
+        "control": "loss_shuffled_start",
+    },
+    "efficiency": {"method": "gain_idle", "baseline": "gain_all", "control": None},
+    "full": {"method": "loss_full", "baseline": "loss_idle", "control": "loss_none"},
+    "margin": {"method": "loss_idle", "baseline": "loss_all", "control": "loss_none"},
 }
 MARGIN = 0.05  # nats a patch
 

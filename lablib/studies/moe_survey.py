@@ -125,11 +125,17 @@ TUNING = [
 ]
 CANARY = {"seed": 200, "gate": "expert choice", "steps": 3, "rows": 16}
 
+_TOP_1, _RANDOM = {"gate": "top 1"}, {"gate": "random"}
+# None: the random gate, and the blindfold, are the controls themselves.
 ROLES = {
-    "random": {"method": {"gate": "top 1"}, "baseline": {"gate": "random"}},
-    "hash": {"method": {"gate": "top 1"}, "baseline": {"gate": "hash"}},
-    "shared": {"method": {"gate": "shared and top 1"}, "baseline": {"gate": "top 2"}},
-    "looks-ahead": {"method": "seeing", "baseline": "blindfold"},
+    "random": {"method": _TOP_1, "baseline": _RANDOM, "control": None},
+    "hash": {"method": _TOP_1, "baseline": {"gate": "hash"}, "control": _RANDOM},
+    "shared": {
+        "method": {"gate": "shared and top 1"},
+        "baseline": {"gate": "top 2"},
+        "control": _TOP_1,
+    },
+    "looks-ahead": {"method": "seeing", "baseline": "blindfold", "control": None},
 }
 
 

@@ -139,7 +139,8 @@ TUNING += grid(seed=100, parametrization=BOTH, dim=(48, 96, 256), lr=RATE)
 CANARY = {"seed": 200, "parametrization": "mup", "dim": 64, "lr": 0.01, "steps": 3, "windows": 8}
 METHOD, BASELINE = {"parametrization": "mup"}, {"parametrization": "standard"}
 CLAIMS = ("predicted", "drift", "coordinates", "search", "wider")
-ROLES = {id: {"method": METHOD, "baseline": BASELINE} for id in CLAIMS}
+# No control is stored: there are two parametrizations, and the standard one is the baseline.
+ROLES = {id: {"method": METHOD, "baseline": BASELINE, "control": None} for id in CLAIMS}
 
 
 def values(runs: list) -> dict:

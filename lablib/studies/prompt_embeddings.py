@@ -271,10 +271,15 @@ CANARY = {"task": "all", "seed": 200, "model": "tiny-1m", "pairs": 3, "steps": 2
 
 ROLES = {
     "prompt": {"method": "sts-b prompt", "baseline": "sts-b mean", "control": "sts-b last"},
-    "demonstration": {"method": "sts-b shown", "baseline": "sts-b prompt"},
+    "demonstration": {
+        "method": "sts-b shown",
+        "baseline": "sts-b prompt",
+        "control": "sts-b last",
+    },
     "trained": {
         "method": {"task": "train", "prompted": True},
         "baseline": {"task": "train", "prompted": False},
+        "control": None,  # "untrained" is no run of its own; this lab's tests put it in by hand
     },
     "verses": {"method": "verses prompt", "baseline": "verses mean", "control": "verses last"},
     "words": {

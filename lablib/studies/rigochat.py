@@ -264,13 +264,17 @@ CANARY = {
     "scored": 12,
     "rows": 1,
 }
-ROLES = {
-    "spanish": {"method": "accuracy", "baseline": "base_accuracy"},
-    "capabilities": {"method": "other", "baseline": "allowed"},
-    "spanish-loss": {"method": "byte_loss", "baseline": "base_byte_loss"},
-    "less-forgetting": {"method": LORA, "baseline": WHOLE},
-    "curated": {"method": CURATED, "baseline": LORA},
-    "quantized": {"method": "four_bits", "baseline": "least"},
+ROLES = {  # None: the model before the training, the only control stored, is the baseline already
+    "spanish": {"method": "accuracy", "baseline": "base_accuracy", "control": None},
+    "capabilities": {  # whoever learns nothing forgets nothing; "spanish" asks for learning
+        "method": "other",
+        "baseline": "allowed",
+        "control": None,
+    },
+    "spanish-loss": {"method": "byte_loss", "baseline": "base_byte_loss", "control": None},
+    "less-forgetting": {"method": LORA, "baseline": WHOLE, "control": None},
+    "curated": {"method": CURATED, "baseline": LORA, "control": WHOLE},  # not curated either
+    "quantized": {"method": "four_bits", "baseline": "least", "control": "base_accuracy"},
 }
 
 

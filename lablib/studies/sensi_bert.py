@@ -182,15 +182,26 @@ TUNING = grid(way=list(TUNED)[:4], share=SHARE, costs="parameters", rate=RATES, 
 CANARY = {"seed": 200, "way": "rank", "rate": 1e-5, "steps": 1, "train": 32, "test": 16}
 ROLES = {
     "uniform": {"method": RANK, "baseline": UNIFORM, "control": MAGNITUDE},
-    "magnitude": {"method": RANK, "baseline": MAGNITUDE},
-    "depth": {"method": RANK, "baseline": DEPTH},
-    "felt": {"method": UNIFORM, "baseline": MAGNITUDE},
+    # A random choice of units would be the control of these two, and is not stored. Cutting by
+    # magnitude is the worst of all ways: dropped blocks in the method's place are above it, too.
+    "magnitude": {"method": RANK, "baseline": MAGNITUDE, "control": None},
+    "felt": {"method": UNIFORM, "baseline": MAGNITUDE, "control": None},
+    "depth": {"method": RANK, "baseline": DEPTH, "control": MAGNITUDE},
 }
 
 
 def values(runs: list) -> dict:
-    """One pair a seed: points of method and baseline."""
-    return {
+    """One pair a seed: points of method and baseline; and the size of BERT-base's encoder."""
+    judged = {
         claim: paired(runs, kinds["method"], kinds["baseline"], "points")
         for claim, kinds in ROLES.items()
     }
+    return judged | {"encoder": [bert_base()]}
+
+
+def bert_base() -> float:
+    """Million parameters of BERT-base's encoder."""
+    from transformers import BertConfig, BertModel
+
+    with torch.device("meta"):
+        return sensi_bert.n_encoder(BertModel(BertConfig())) / 1e6

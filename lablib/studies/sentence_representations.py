@@ -220,15 +220,28 @@ CANARY = {"seed": 200, "names": "layers,shuffled,16 numbers", "rate": 0.01, "ste
 CANARY |= {"genres": ("Bible",), "each": 1}
 
 ROLES = {
-    "layers": {"method": "SmolLM2 layers wait", "baseline": "SmolLM2 embedding wait"},
+    # No control is stored for a third place in SmolLM2, nor for less than tokens at random.
+    "layers": {
+        "method": "SmolLM2 layers wait",
+        "baseline": "SmolLM2 embedding wait",
+        "control": None,
+    },
     "language": {
         "method": "layers wait",
         "baseline": "shuffled wait",
         "control": "random wait",
     },
-    "layers-small": {"method": "layers wait", "baseline": "embedding wait"},
-    "words": {"method": "shuffled wait", "baseline": "random wait"},
-    "length": {"method": "24 tokens found", "baseline": "8 tokens found"},
+    "layers-small": {
+        "method": "layers wait",
+        "baseline": "embedding wait",
+        "control": "head wait",
+    },
+    "words": {"method": "shuffled wait", "baseline": "random wait", "control": None},
+    "length": {
+        "method": "24 tokens found",
+        "baseline": "8 tokens found",
+        "control": "256 numbers found",  # of 8 tokens
+    },
 }
 
 

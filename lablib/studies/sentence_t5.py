@@ -256,8 +256,13 @@ ROLES = {
         "baseline": f"across {SMALL} found",
         "control": f"english {MIDDLE} found",
     },
-    "far": {"method": "far gain", "baseline": "close gain"},
-    "across": {"method": f"across {MIDDLE} found", "baseline": f"english {MIDDLE} found"},
+    # No control is stored: no gain without growth, and no encoder that has learned nothing.
+    "far": {"method": "far gain", "baseline": "close gain", "control": None},
+    "across": {
+        "method": f"across {MIDDLE} found",
+        "baseline": f"english {MIDDLE} found",
+        "control": None,
+    },
 }
 
 

@@ -123,16 +123,35 @@ CANARY = {
     "lr": 0.01,
 }
 READS = {"scaling-grid": {"part": ("batch-rate",)}}
+
+
+def foretelling(rival: str, which: str = "") -> dict:
+    """The roles of Step Law and a rival. The control is one rate and batch for all, or a rival."""
+    control = None if rival == "same" else f"{which}same"
+    return {"method": f"{which}step", "baseline": f"{which}{rival}", "control": control}
+
+
+_AT_FIRST = SMALL | {"tokens": LEAST}
+# The control of more text is a larger model, that of a larger model is more text. None: the plane,
+# and one rate and batch for all, are controls themselves.
 ROLES = {
-    "rate-data": {"method": SMALL | {"tokens": MOST}, "baseline": SMALL | {"tokens": LEAST}},
-    "rate-size": {"method": LARGE | {"tokens": LEAST}, "baseline": SMALL | {"tokens": LEAST}},
-    "foretold": {"method": "step", "baseline": "compute"},
-    "foretold-size": {"method": "step", "baseline": "size"},
-    "foretold-same": {"method": "step", "baseline": "same"},
-    "largest-compute": {"method": "largest_step", "baseline": "largest_compute"},
-    "largest-size": {"method": "largest_step", "baseline": "largest_size"},
-    "largest-same": {"method": "largest_step", "baseline": "largest_same"},
-    "convex": {"method": "eigenvalue", "baseline": "plane"},
+    "rate-data": {
+        "method": SMALL | {"tokens": MOST},
+        "baseline": _AT_FIRST,
+        "control": LARGE | {"tokens": LEAST},
+    },
+    "rate-size": {
+        "method": LARGE | {"tokens": LEAST},
+        "baseline": _AT_FIRST,
+        "control": SMALL | {"tokens": MORE},
+    },
+    "foretold": foretelling("compute"),
+    "foretold-size": foretelling("size"),
+    "foretold-same": foretelling("same"),
+    "largest-compute": foretelling("compute", "largest_"),
+    "largest-size": foretelling("size", "largest_"),
+    "largest-same": foretelling("same", "largest_"),
+    "convex": {"method": "eigenvalue", "baseline": "plane", "control": None},
 }
 
 
@@ -146,7 +165,8 @@ def values(runs: list) -> dict:
             continue
         ours, theirs = (best_rate(runs, role[side]) for side in ("method", "baseline"))
         made[id] = [Pair(seed, ours[seed], theirs[seed]) for seed in sorted(theirs)]
-    return made
+    rate, _ = step_law.along(np.geomspace(1e18, 1e24, 7))
+    return made | {"compute-rate": rate}
 
 
 def by_seed(runs: list, cell: dict) -> dict[int, list]:

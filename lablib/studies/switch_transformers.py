@@ -202,6 +202,7 @@ CANARY = {"seed": 200, "n_experts": 4, "steps": 6, "rows": 16}
 _DENSE = {"n_experts": 1, "steps": 1200}
 _EIGHT = {"n_experts": 8, "steps": 1200, "random_input": False}
 _BLIND = {"n_experts": 8, "steps": 1200, "random_input": True}
+# None where the baseline is the control: a loss, a start, a teacher or a dropout left out.
 ROLES = {
     "loss": {"method": _EIGHT, "baseline": _DENSE, "control": _BLIND},
     "steps": {"method": _EIGHT, "baseline": _DENSE, "control": _BLIND},
@@ -209,15 +210,17 @@ ROLES = {
     "balance": {
         "method": {"balance": 1e-2, "steps": 400},
         "baseline": {"balance": 0.0, "steps": 400},
+        "control": None,
     },
     "steps-4": {"method": {"n_experts": 4}, "baseline": _DENSE, "control": _BLIND},
     "steps-16": {"method": {"n_experts": 16}, "baseline": _DENSE, "control": _BLIND},
     "initialization": {
         "method": _EIGHT | {"init": 0.1},
         "baseline": {"init": 1.0, "steps": 800},
+        "control": None,
     },
-    "distillation": {"method": "distilled", "baseline": "alone"},
-    "expert-dropout": {"method": "dropout_4", "baseline": "dropout_1"},
+    "distillation": {"method": "distilled", "baseline": "alone", "control": None},
+    "expert-dropout": {"method": "dropout_4", "baseline": "dropout_1", "control": None},
 }
 
 

@@ -218,21 +218,34 @@ FRESH = {"kind": "plain", "unique": None}
 TUNED = {"kind": "slow", "unique": LITTLE}  # no remedy, at the best rate for repeated text
 DROPOUT = {"kind": "dropout", "unique": LITTLE}
 EXPERTS, DENSE, SHARED = {"kind": "experts"}, {"kind": "plain"}, {"kind": "shared"}
+
+
+def remedy(method: dict, baseline: dict = TUNED) -> dict:
+    """A remedy's roles. The control is no remedy, at the remedy's own rate."""
+    return {"method": method, "baseline": baseline, "control": PLAIN}
+
+
+# None: new text without dropout, and the smallest model, are the baselines themselves.
 ROLES = {
-    "dropout": {"method": DROPOUT, "baseline": TUNED},
-    "repeat": {"method": PLAIN, "baseline": FRESH},
-    "size": {"method": DENSE, "baseline": {"kind": "small"}},
+    "dropout": remedy(DROPOUT),
+    "repeat": {"method": PLAIN, "baseline": FRESH, "control": None},
+    "size": {"method": DENSE, "baseline": {"kind": "small"}, "control": None},
     "experts": {"method": EXPERTS, "baseline": DENSE, "control": SHARED},
     "shared": {"method": SHARED, "baseline": DENSE, "control": EXPERTS},
-    "rivals": {"method": DROPOUT, "baseline": {"kind": RIVAL, "unique": LITTLE}},
-    "late": {"method": {"kind": "late"}, "baseline": TUNED},
-    "fresh": {"method": {"kind": "dropout", "unique": None}, "baseline": FRESH},
-    "path": {"method": {"kind": "path"}, "baseline": TUNED},
-    "smoothing": {"method": {"kind": "smoothing"}, "baseline": TUNED},
-    "decay": {"method": {"kind": "decay"}, "baseline": TUNED},
+    "rivals": remedy(DROPOUT, {"kind": RIVAL, "unique": LITTLE}),
+    "late": remedy({"kind": "late"}),
+    "fresh": {
+        "method": {"kind": "dropout", "unique": None},
+        "baseline": FRESH,
+        "control": None,
+    },
+    "path": remedy({"kind": "path"}),
+    "smoothing": remedy({"kind": "smoothing"}),
+    "decay": remedy({"kind": "decay"}),
     "carried": {
         "method": {"kind": "large", "strength": CARRIED, "lr": RATE},
         "baseline": {"kind": "large", "strength": 0.0, "lr": SLOW_LARGE},
+        "control": {"kind": "large", "strength": 0.0, "lr": RATE},
     },
 }
 DEGRADING = ("size", "experts", "shared")  # claims about what repeating costs

@@ -185,14 +185,24 @@ TUNING = [
 CANARY = {"expansion": 4, "granularity": 2, "top_k": 2, "steps": 3, "dense_steps": 3}
 CANARY |= {"rows": 16, "seed": 200}
 KINDS = {name: {k: v for k, v in arm.items() if k != "lr"} for name, arm in ARMS.items()}
+
+
+def case(method: str, baseline: str, control: str | None = None) -> dict:
+    """A claim's roles, by the names of ARMS; None where the baseline is the control."""
+    return {
+        "method": KINDS[method],
+        "baseline": KINDS[baseline],
+        "control": KINDS[control] if control else None,
+    }
+
+
 ROLES = {
-    "tokens": {"method": KINDS["top-2"], "baseline": KINDS["dense"]}
-    | {"control": KINDS["top-2, blind"]},
-    "flops": {"method": KINDS["top-2"], "baseline": KINDS["dense, longer"]},
-    "order": {"method": KINDS["top-2"], "baseline": KINDS["top-2, softmax after"]},
-    "granularity": {"method": KINDS["quarters"], "baseline": KINDS["top-1"]},
-    "scaling": {"method": KINDS["top-1"], "baseline": KINDS["top-1, not scaled"]},
-    "virtual-groups": {"method": KINDS["quarters"], "baseline": KINDS["quarters, naive"]},
+    "tokens": case("top-2", "dense", "top-2, blind"),
+    "flops": case("top-2", "dense, longer", "top-2, blind"),
+    "order": case("top-2", "top-2, softmax after"),
+    "granularity": case("quarters", "top-1", "quarters, naive"),
+    "scaling": case("top-1", "top-1, not scaled"),
+    "virtual-groups": case("quarters", "quarters, naive"),
 }
 
 

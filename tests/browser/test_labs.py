@@ -15,9 +15,9 @@ ROOT = project_dir()
 @pytest.mark.parametrize("lab", chosen(), ids=lambda path: path.stem)
 def test_a_lab_runs_and_each_control_moves_its_figure(lab, jupyter, page):
     open_lab(page, jupyter, lab.relative_to(ROOT).as_posix())
+    shoot(page, f"{lab.stem}-top")
     run_all(page)
     assert page.evaluate(ERRORS) == []
-    shoot(page, f"{lab.stem}-top")
     shoot_all(page, lab.stem)
     boxes = page.locator(".lablib-explore")
     assert boxes.count() >= 1, "a lab has something to explore"

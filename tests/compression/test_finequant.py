@@ -105,11 +105,10 @@ def test_bits_of_scales_are_what_is_stored():
 @given(st.floats(0.03, 3), st.integers(50, 900), st.integers(50, 900))
 def test_the_rival_gets_the_budget_and_no_coarser_one_would(budget, first, second):
     shapes = [(10, first), (30, second)]
-    rival = fq.matched_groups(shapes, min(budget, 0.9 * 16))
-    assert fq.scale_bits(shapes, rival) >= budget or budget > 0.9 * 16
-    most = max(rival) + 1
-    coarser = [fq.even_group(size, 2 * most) for _, size in shapes]
-    assert fq.scale_bits(shapes, coarser) <= fq.scale_bits(shapes, rival)
+    every = range(1, max(first, second) + 1)
+    bits = [fq.scale_bits(shapes, [fq.even_group(size, g) for _, size in shapes]) for g in every]
+    rival = fq.matched_groups(shapes, budget)
+    assert fq.scale_bits(shapes, rival) == min(b for b in bits if b >= budget)
 
 
 def test_rows_are_cut_evenly():

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -287,6 +290,40 @@ def test_what_is_gone_stays_gone_when_something_trains_between_shots():
     s.prune_(model, some_rows(), 0.3, shots=3, between=between)
     assert len(calls) == 3 and calls == sorted(calls) and calls[0] < 0.12
     assert zeros_of(model) == pytest.approx(calls[-1], abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["k-obd", "surgeon"])
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_a_few_blocks_at_a_time_give_the_same_shot(method, at_once):
+    whole, parts, rows = small_model(), small_model(), some_rows()
+    s.shot_(whole, rows, 0.3, method=method)
+    s.shot_by_blocks_(parts, rows, 0.3, method=method, at_once=at_once)
+    assert zeros_of(whole) > 0.25
+    for name, layer in anatomy.projections(whole).items():
+        torch.testing.assert_close(parts.get_submodule(name).weight, layer.weight)
+
+
+def test_no_block_at_once_is_refused():
+    with pytest.raises(ValueError, match="0 blocks at once"):
+        s.shot_by_blocks_(small_model(), some_rows(), 0.3, at_once=0)
+
+
+CURVATURE_OF_ALL = """
+import torch
+from lablib import resources
+from lablib.compression import llm_surgeon
+from lablib.models import anatomy, pretrained
+model = pretrained("smollm2-135m-instruct")[0]
+costs = llm_surgeon.costs_by_blocks(model, torch.arange(2 * 17).view(2, 17), "k-obd")
+print(len(costs), len(anatomy.projections(model)), resources.peak_memory())
+"""
+
+
+def test_curvature_of_all_of_smollm2_fits_into_1600_megabytes():
+    made = subprocess.run([sys.executable, "-c", CURVATURE_OF_ALL], capture_output=True, text=True)
+    measured, there, peak = map(int, made.stdout.split())
+    assert measured == there == 210
+    assert peak < 1.6e9
 
 
 def test_columns_that_are_gone_can_be_sliced_away():

@@ -2,6 +2,8 @@
 
 import math
 import random
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from lablib.exercises import drama as exercises
 from lablib.models import GPT, GPTConfig, pretrained
 from lablib.papers import paper
 from lablib.studies import drama as study
+
+PEER = runpy.run_path(str(Path(__file__).parent / "record_drama.py"))
 
 
 @pytest.fixture
@@ -108,23 +112,31 @@ def test_shortened_vectors_have_the_cosines_of_their_first_numbers():
 # Losses.
 
 
-def test_the_list_wise_loss_is_that_of_sentence_transformers():
-    losses = pytest.importorskip("sentence_transformers.cross_encoder.losses")
-    torch.manual_seed(0)
-    scores, gains = torch.randn(3, 4), torch.rand(3, 4) * 4
+def test_what_is_recorded_is_what_sentence_transformers_computes():
+    pytest.importorskip("sentence_transformers")
+    told, now = drama.recorded(), PEER["computed"]()
+    assert told["sizes"] == [*PEER["SIZES"]] and told["computed"].keys() == now.keys()
+    assert told["given"].keys() == PEER["inputs"]().keys()
+    for name, values in PEER["inputs"]().items():
+        assert torch.equal(told["given"][name], values)
+    for name, values in now.items():
+        torch.testing.assert_close(told["computed"][name], values.detach().double(), msg=name)
 
-    class Scorer(torch.nn.Module):
-        num_labels, device = 1, torch.device("cpu")
 
-        def preprocess(self, pairs, **options):
-            return {"at": torch.tensor([[int(q), int(d)] for q, d in pairs])}
-
-        def forward(self, features):
-            return {"scores": scores[features["at"][:, 0], features["at"][:, 1]]}
-
-    theirs = losses.ListNetLoss(Scorer())
-    inputs = [["0", "1", "2"], [["0", "1", "2", "3"]] * 3]
-    torch.testing.assert_close(drama.listwise(scores, gains), theirs(inputs, list(gains)))
+def test_losses_gradients_and_short_cosines_are_those_of_sentence_transformers():
+    told = drama.recorded()
+    given = {name: values.requires_grad_(name != "gains") for name, values in told["given"].items()}
+    *sides, scores, gains = given.values()
+    ours = {"matryoshka": matryoshka(info_nce, told["sizes"])(*sides)}
+    ours["list-wise"] = drama.listwise(scores, gains)
+    slopes = torch.autograd.grad(sum(ours.values()), [*sides, scores])
+    ours |= {f"gradient of {name}": slope for name, slope in zip(given, slopes)}
+    a, b = (drama.shortened(side, told["sizes"][-1]) for side in sides[:2])
+    ours["short cosines"] = (a * b).sum(1)
+    assert ours.keys() == told["computed"].keys()
+    for name, values in ours.items():
+        wanted = told["computed"][name]
+        torch.testing.assert_close(values.detach(), wanted, atol=1e-6, rtol=1e-6, msg=name)
 
 
 def test_the_list_wise_loss_is_least_for_scores_that_agree():
@@ -133,26 +145,6 @@ def test_the_list_wise_loss_is_least_for_scores_that_agree():
     p = gains.softmax(-1)
     assert float(least) == pytest.approx(float(-(p * p.log()).sum()))
     assert drama.listwise(gains.flip(-1), gains) > least + 0.5
-
-
-def test_matryoshka_of_the_student_is_that_of_sentence_transformers():
-    st = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
-    torch.manual_seed(0)
-    sides = torch.randn(3, 5, 8).unbind()
-
-    class Vectors(torch.nn.Module):
-        truncate_dim = None
-
-        def forward(self, features):
-            return features
-
-        def get_embedding_dimension(self):
-            return 8
-
-    model = Vectors()
-    theirs = st.MatryoshkaLoss(model, st.MultipleNegativesRankingLoss(model, scale=20.0), [8, 2])
-    wanted = theirs([{"sentence_embedding": side.clone()} for side in sides], None)
-    assert float(matryoshka(info_nce, [8, 2])(*sides)) == pytest.approx(float(wanted), rel=1e-5)
 
 
 # Published shapes.

@@ -281,6 +281,16 @@ def test_a_method_that_adds_nothing_is_not_reproduced():
     assert judge(claim, study.values(idle)["demonstration"]).verdict == NOT_REPRODUCED
 
 
+def test_a_prompt_without_its_training_is_not_reproduced():
+    method = study.ROLES["trained"]["method"]
+    untrained = [run | {"accuracy": run["untrained"]} for run in matching(stored(), **method)]
+    others = [run for run in stored() if not matching([run], **method)]
+    after = judge(
+        paper("prompt-embeddings").claim("trained"), study.values(others + untrained)["trained"]
+    )
+    assert len(untrained) == len(study.SEEDS) and after.verdict == NOT_REPRODUCED
+
+
 def test_another_prompt_is_another_run():
     point = {"task": "words", "model": "tiny-1m", "pairs": 5}
     asked, other = study.run(**point), study.run(**point, after='" means in one word:')

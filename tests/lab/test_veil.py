@@ -6,7 +6,7 @@ import json
 import plotly.graph_objects as go
 import pytest
 
-from lablib.lab import figures
+from lablib.lab import explore, explorer, figures, predict, veil
 from lablib.lab.alternatives import NAME
 from lablib.lab.veil import HIDDEN, is_veiled, veiled
 from lablib.paths import project_dir
@@ -62,6 +62,20 @@ def test_the_click_brings_back_the_whole_figure(data):
         assert {"visible": True, **own} == after["layout"][axis]
     rest = [{k: v for k, v in one["layout"].items() if k not in axes} for one in (before, after)]
     assert rest[0] == rest[1]
+
+
+def test_what_is_stored_below_an_answer_is_hidden_too(monkeypatch, data):
+    stored = []
+    monkeypatch.setenv("LABLIB_STATIC", "1")
+    monkeypatch.setattr(explorer, "display", lambda shown, **_: stored.append(shown))
+    cells = iter([1, 1, 2, 2])
+    monkeypatch.setattr(veil, "_cell", lambda: next(cells))
+    guess = predict("How many?", ["one", "two"])
+    guess.reveal("two")  # cell 1
+    for _ in range(2):  # cells 1 and 2
+        explore(lambda n: figures.figure(f"{n}"), n=(1, 3))._ipython_display_()
+    first, _, second, _ = stored
+    assert is_veiled(first[figures.PLOTLY]) and not is_veiled(second[figures.PLOTLY])
 
 
 @pytest.mark.parametrize("path", LABS, ids=lambda path: path.stem)

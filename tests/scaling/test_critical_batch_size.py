@@ -43,7 +43,7 @@ def test_the_published_counts_give_the_printed_law():
     assert sizes.tolist() == [85, 151, 302, 604, 1200]
     assert law.exponent == pytest.approx(0.47, rel=0.01)
     assert law.coefficient == pytest.approx(93.20, rel=0.01)
-    assert study.per_token() == pytest.approx(22.91, rel=0.01)
+    assert study.coefficient(tokens=20) == pytest.approx(22.91, rel=0.01)
     assert sum(map(len, cbs.published().values())) == 45
 
 

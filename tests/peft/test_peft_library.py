@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from lablib.peft import peft_library as library
+from lablib.peft.adapter import merge_
+
+record = pytest.importorskip("record_merge", reason="needs peft")
+
+
+def test_merged_weights_are_those_that_peft_merges():
+    found = library.compare_merged()
+    assert found.keys() == library.METHODS.keys()
+    for ours, theirs in found.values():
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", library.METHODS)
+def test_the_recorded_weights_change_much_and_compute_the_same_before_they_are_merged(kind):
+    tokens, model = library.recorded()[1]["tokens"], record.base()
+    model.load_state_dict(library.recorded_of("base:"))
+    given = library.recorded_of(f"{kind}:")
+    ours = library.with_its_weights(kind)
+    torch.testing.assert_close(ours(tokens).logits, given["before"], atol=1e-5, rtol=0)
+    assert (model(tokens).logits - given["before"]).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_weights_that_are_not_the_librarys_are_told_from_its():
+    model = library.with_its_weights("LoRA")
+    next(p for n, p in model.named_parameters() if n.endswith(".up")).mul_(1.1)
+    merge_(model)
+    theirs = library.recorded_of("LoRA:")["merged"]
+    assert (model(library.recorded()[1]["tokens"]).logits - theirs).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", library.METHODS)
+def test_the_record_is_what_peft_computes(kind):
+    tokens, model = library.recorded()[1]["tokens"], record.base()
+    torch.manual_seed(list(record.METHODS).index(kind))
+    for name, tensor in record.merged(model, tokens, record.METHODS[kind]).items():
+        recorded = library.recorded_of(f"{kind}:")[name]
+        torch.testing.assert_close(tensor, recorded, atol=1e-5, rtol=1e-5)
