@@ -1,5 +1,6 @@
 """JupyterLab on loopback, over a copy of the labs, and headless Chromium."""
 
+import json
 import os
 import secrets
 import shutil
@@ -92,7 +93,18 @@ def _wait_for(address, server, seconds=90):
 
 
 @pytest.fixture
-def page(browser):
+def page(browser, jupyter):
+    """A page of its own. Kernels that were started in it end with it, and give memory back."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     yield context.new_page()
     context.close()
+    for kernel in _asked(jupyter, "api/kernels"):
+        _asked(jupyter, f"api/kernels/{kernel['id']}", "DELETE")
+
+
+def _asked(jupyter, path, method="GET"):
+    """What the server's own interface answers."""
+    head = {"Authorization": f"token {jupyter.token}"}
+    request = urllib.request.Request(f"{jupyter.address}/{path}", headers=head, method=method)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.loads(answer.read() or "null")

@@ -1,5 +1,6 @@
 """What every stored lab must be: short, with its outputs, graded, comparable, honest."""
 
+import ast
 import json
 import re
 import statistics
@@ -41,6 +42,47 @@ def test_it_stores_outputs_without_errors_or_widget_state(book):
     kinds = {kind for output in outputs for kind in output.get("data", {})}
     assert "application/vnd.plotly.v1+json" in kinds
     assert not any("widget-view" in kind or kind.startswith("image/") for kind in kinds)
+
+
+def test_what_an_explorer_reads_stays_as_it_was(book):
+    """A reader moves it after all cells have run; a name that was given away since breaks it."""
+    trees = [ast.parse(re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", cell.source)) for cell in code(book)]
+    functions = {node.name: node for tree in trees for node in tree.body if _is_function(node)}
+    for place, tree in enumerate(trees):
+        later = set().union(*map(_assigned, trees[place + 1 :]))
+        for node in ast.walk(tree):
+            if getattr(getattr(node, "func", None), "id", "") == "explore":
+                read = _read_by(getattr(node.args[0], "id", ""), functions)
+                assert not read & later, f"{ast.unparse(node)} reads what is changed below it"
+
+
+def _is_function(node):
+    return isinstance(node, ast.FunctionDef)
+
+
+def _read_by(name, functions):
+    """Names that a function of the notebook reads from it, its own and those of what it calls."""
+    read, open_names = set(), {name}
+    while open_names:
+        name = open_names.pop()
+        read.add(name)
+        if name in functions:
+            names = [node for node in ast.walk(functions[name]) if isinstance(node, ast.Name)]
+            own = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+            own |= {node.arg for node in ast.walk(functions[name]) if isinstance(node, ast.arg)}
+            open_names |= {node.id for node in names} - own - read
+    return read
+
+
+def _assigned(tree):
+    """Names that a cell gives a value, those inside of functions and comprehensions aside."""
+    if isinstance(tree, (ast.FunctionDef, ast.ClassDef)):
+        return {tree.name}
+    inside = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+    if isinstance(tree, inside):
+        return set()
+    own = {tree.id} if isinstance(tree, ast.Name) and isinstance(tree.ctx, ast.Store) else set()
+    return own.union(*map(_assigned, ast.iter_child_nodes(tree)))
 
 
 def test_figures_have_a_text_alternative(book):
