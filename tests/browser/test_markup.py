@@ -5,7 +5,7 @@ import os
 
 import nbformat
 import pytest
-from driving import make_guess, menu, open_lab, run_all, shoot_all
+from driving import ERRORS, make_guess, menu, open_lab, run_all, shoot_all
 
 from lablib.paths import project_dir
 
@@ -171,8 +171,9 @@ def _has_text_box(path):
 def test_what_is_typed_into_a_lab_stays_text(lab, jupyter, page):
     open_lab(page, jupyter, lab.relative_to(ROOT).as_posix())
     run_all(page)
+    assert page.evaluate(ERRORS) == []
     fields = page.locator(".lablib-explore input[type=text]")
-    assert fields.count() >= 1
+    fields.first.wait_for(timeout=15_000)
     for field in fields.all():
         field.fill(EVIL)
         field.press("Enter")
