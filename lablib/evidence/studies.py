@@ -85,6 +85,14 @@ def _by_seed(runs: Sequence[Run], where: Mapping[str, Any]) -> dict[int, Run]:
 Role = Mapping[str, Any] | str
 
 
+def against(method: str, baseline: str, control: str | None = None) -> dict[str, str | None]:
+    """A claim's roles where it compares two results of one run.
+
+    control: a result that lacks what the claim credits; None where none is stored.
+    """
+    return {"method": method, "baseline": baseline, "control": control}
+
+
 def exchanged(runs: Sequence[Run], first: Role, second: Role) -> list[Run]:
     """The runs with two of their kinds, or two of their results, exchanged.
 

@@ -24,6 +24,7 @@ import torch
 
 from lablib.data.tasks import few_shot, load_task
 from lablib.evidence import Pair, grid, matching
+from lablib.evidence.studies import against
 from lablib.models import anatomy, scores
 from lablib.models.classifier import (
     Classifier,
@@ -300,11 +301,6 @@ CANARY = {
     "texts": 4,
     "shifted": 2,
 }
-
-
-def against(method: str, baseline: str, control: str | None) -> dict[str, str | None]:
-    """What a claim compares, two results of one setting, and what lacks what it credits."""
-    return {"method": method, "baseline": baseline, "control": control}
 
 
 ROLES = {

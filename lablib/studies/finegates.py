@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from lablib.compression.recover import recover
 from lablib.data.tasks import load_task
 from lablib.evidence import Pair
+from lablib.evidence.studies import against
 from lablib.models import anatomy, scores
 from lablib.models.classifier import (
     Classifier,
@@ -340,11 +341,6 @@ TUNING = [
     for level in levels
 ]
 CANARY = {"kind": "chosen", "seed": 200, "level": 1, "steps": 2, "train": 20, "test": 20}
-
-
-def against(method: str, baseline: str, control: str) -> dict[str, str]:
-    """What a claim compares, two results of one run, and what lacks what it credits."""
-    return {"method": method, "baseline": baseline, "control": control}
 
 
 RANDOM = "random_judged"  # the same shapes as the gates of "low" left, of any rows and columns

@@ -38,6 +38,7 @@ from lablib.compression.recover import recover
 from lablib.data import load
 from lablib.data.tasks import load_task, task
 from lablib.evidence import Pair, grid, matching
+from lablib.evidence.studies import against
 from lablib.models.classifier import (
     Classifier,
     Encoded,
@@ -439,11 +440,6 @@ CANARY = {
     "judged": 4,
     "sources": ["licences-all"],
 }
-
-
-def against(method: str, baseline: str, control: str) -> dict[str, str]:
-    """What a claim compares, two results of one run, and what lacks what it credits."""
-    return {"method": method, "baseline": baseline, "control": control}
 
 
 SHUFFLED, SHARED = "pretrained_shuffled", "shared_accuracy"  # from wrong labels; from none

@@ -44,6 +44,7 @@ from lablib.data.tasks import (
     with_near_copies,
 )
 from lablib.evidence import Pair, grid, matching
+from lablib.evidence.studies import against
 from lablib.models import pretrained
 from lablib.models.classifier import Classifier, Encoded, cached_below, encode, predicted
 from lablib.models.scores import scored
@@ -276,11 +277,6 @@ CANARY = {
     "reading": 2,
     "tasks": "category",
 }
-
-
-def against(method: str, baseline: str, control: str) -> dict[str, str]:
-    """What a claim compares, two results of one run, and what lacks what it credits."""
-    return {"method": method, "baseline": baseline, "control": control}
 
 
 MINE, HEAD = "adapted_8_accuracy", "head_8_accuracy"

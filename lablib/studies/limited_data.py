@@ -35,6 +35,7 @@ from torch import Tensor
 from lablib.compression.recover import recover
 from lablib.data.tasks import Example, Splits, few_shot, load_task, task
 from lablib.evidence import Pair, grid
+from lablib.evidence.studies import against
 from lablib.models import pretrained
 from lablib.models.classifier import Classifier, Encoded, cached_below, encode, encoder, predicted
 from lablib.models.scores import scored
@@ -325,11 +326,6 @@ CANARY = {
     "steps": 1,
     "test": 8,
 }
-
-
-def against(method: str, baseline: str, control: str | None) -> dict[str, str | None]:
-    """What a claim compares, two results of one run, and what lacks what it credits."""
-    return {"method": method, "baseline": baseline, "control": control}
 
 
 PLAIN = "efficient:16"  # LoRA, without an adversary, and without guesses

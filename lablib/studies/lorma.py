@@ -35,6 +35,7 @@ from lablib.compression.recover import recover
 from lablib.data import load
 from lablib.data.tasks import load_task
 from lablib.evidence import Pair, grid, matching
+from lablib.evidence.studies import against
 from lablib.models import anatomy, pretrained
 from lablib.models.classifier import Classifier, Encoded, cached_below, encode, encoder, predicted
 from lablib.models.scores import scored
@@ -228,11 +229,6 @@ CANARY = {
     "steps": 2,
     "sentences": 40,
 }
-
-
-def against(method: str, baseline: str, control: str | None = None) -> dict[str, str | None]:
-    """What a claim compares, two results of one run, and what lacks what it credits."""
-    return {"method": method, "baseline": baseline, "control": control}
 
 
 ALONE = "movies_head_area"  # a new layer and no adapter

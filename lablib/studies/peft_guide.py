@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from lablib.compression.recover import cross_entropy, language_loss, recover
 from lablib.data import load
 from lablib.evidence import Pair, grid, matching
+from lablib.evidence.studies import against
 from lablib.models import anatomy, pretrained
 from lablib.models.scores import spearman
 from lablib.peft.adapter import n_trainable, trainable
@@ -205,11 +206,6 @@ TUNING = [
     *[{"kind": "one", "seed": 100, "method": name, "rate": rate} for name, rate in EDGE.items()],
 ]
 CANARY = {"kind": "one", "seed": 200, "method": "Compacter", "rate": 1e-3, "steps": 2, "rows": 8}
-
-
-def against(method: str, baseline: str, control: str | None) -> dict[str, str | None]:
-    """What a claim compares, two results of one run, and what lacks what it credits."""
-    return {"method": method, "baseline": baseline, "control": control}
 
 
 ROLES = {

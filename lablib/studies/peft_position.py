@@ -37,6 +37,7 @@ from lablib.compression.recover import recover
 from lablib.data import load
 from lablib.data.tasks import licence_texts, load_task, parallel
 from lablib.evidence import Pair
+from lablib.evidence.studies import against
 from lablib.models import pretrained
 from lablib.models.classifier import Classifier, Encoded, cached_below, encode, encoder, predicted
 from lablib.models.scores import scored
@@ -332,11 +333,6 @@ CANARY = {
     "held_out": 2,
     "rows": 2,
 }
-
-
-def against(method: str, baseline: str, control: str | None = None) -> dict[str, str | None]:
-    """What a claim compares, two results of one run, and what lacks what it credits."""
-    return {"method": method, "baseline": baseline, "control": control}
 
 
 ROLES = {

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from lablib.data.tasks import load_task
 from lablib.evidence import Pair, grid, matching
+from lablib.evidence.studies import against
 from lablib.models.classifier import Classifier, Encoded, cached_below, encode, encoder, predicted
 from lablib.models.scores import scored
 from lablib.peft import catalogue, peft_review
@@ -257,11 +258,6 @@ POINTS += [{"method": "all", "seed": seed, **LONGER} for seed in SEEDS]
 POINTS += grid(method="memory", seed=SEEDS, sentences=64, words=LONGER["words"])
 TUNING = grid(method="all", seed=100, attempt=range(max(map(len, GRIDS.values()))))
 CANARY = {"method": "LoRA", "seed": 200, "rate": 1e-3, "steps": 2, "sentences": 16}
-
-
-def against(method: str, baseline: str, control: str | None = None) -> dict[str, str | None]:
-    """What a claim compares, two results of one run, and what lacks what it credits."""
-    return {"method": method, "baseline": baseline, "control": control}
 
 
 ROLES = {
