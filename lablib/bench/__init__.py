@@ -20,10 +20,13 @@ def time_training(tier: str | None = None) -> None:
 
 
 def time_encoding(tier: str | None = None) -> None:
-    """Time vectors of texts against sentence-transformers."""
-    from lablib.bench.encoding import bench_encoding
+    """Time vectors of texts against sentence-transformers.
 
-    bench_encoding()
+    The ratio of each round goes to data/measured/encoding.json.
+    """
+    from lablib.bench.encoding import store
+
+    store()
 
 
 def time_labs(tier: str | None = None) -> None:

@@ -40,11 +40,14 @@ def machine_limits(device: str, dtype: torch.dtype) -> dict[str, float]:
 
 
 def show(case: Case, limits: dict[str, float], repeats: int) -> Row:
-    """Median seconds of each way, printed; a way that fails gives its error's name."""
+    """Median seconds of each way, printed; a way that fails gives its error's name.
+
+    Ratios are to the first way, ours, or to the next where that fails.
+    """
     failed = {key: error for key, way in case.ways.items() if (error := _failure(way))}
     times = _times({k: way for k, way in case.ways.items() if k not in failed}, case, repeats)
     print(f"\n{case.title}")
-    ours = times[next(iter(case.ways))]
+    ours = times[next(key for key in case.ways if key in times)]
     row: Row = {}
     for key in case.ways:
         if key in failed:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lablib.compression import importance
+from lablib.compression import cherry, importance
 from lablib.compression.calibration import input_norms, token_losses
 from lablib.compression.finequant import adaptive_groups, ranges
 from lablib.compression.nas_compression import divergence
@@ -30,56 +30,78 @@ from lablib.resources import measure
 
 @dataclass(frozen=True)
 class Leaf:
-    """A method of the survey's tree. path: from the root; where: its place here, or None."""
+    """A method of the survey's tree. path: from the root; where: "module:function", or None.
+
+    needs: "nothing" beside the weights, "text" to read, or "training", which the survey calls
+    tuning and finds dear for large models.
+    """
 
     name: str
     path: tuple[str, ...]
     about: str
     where: str | None = None
+    needs: str = "nothing"
 
 
 TAXONOMY = (
     Leaf("weights alone, rounded", ("quantization", "post-training"),
-         "Each weight goes to the nearest level; nothing is trained.", "compression.quantize"),
+         "Each weight goes to the nearest level; nothing is trained.",
+         "compression.quantize:quantize"),
     Leaf("fine-grained", ("quantization", "post-training"),
-         "Neighbours share a scale, and the weights choose how many.", "compression.finequant"),
+         "Neighbours share a scale, and the weights choose how many.",
+         "compression.finequant:adaptive_groups"),
     Leaf("mixed precision", ("quantization", "post-training"),
-         "The few weights that matter most stay in 16 bits.", "compression.cherry"),
+         "The few weights that matter most stay in 16 bits.",
+         "compression.cherry:round_rest", "text"),
     Leaf("activations, too", ("quantization", "post-training"),
-         "What flows between layers is rounded as well, outliers smoothed away."),
+         "What flows between layers is rounded as well, outliers smoothed away.", needs="text"),
     Leaf("straight through", ("quantization", "aware training"),
-         "The model trains while it is rounded.", "compression.cherry"),
+         "The model trains while it is rounded.",
+         "compression.cherry:cherry_", "training"),
     Leaf("single weights", ("pruning", "unstructured"),
-         "Small weights become zero, wherever they are.", "compression.compression_survey"),
+         "Small weights become zero, wherever they are.",
+         "compression.compression_survey:sparse", "text"),
     Leaf("two of four", ("pruning", "semi-structured"),
          "Of each four neighbours two stay, which GPUs multiply faster.",
-         "compression.compression_survey"),
+         "compression.compression_survey:two_of_four", "text"),
     Leaf("rows and columns by curvature", ("pruning", "structured"),
-         "What goes costs least, and the rest moves to make up for it.", "compression.llm_surgeon"),
+         "What goes costs least, and the rest moves to make up for it.",
+         "compression.llm_surgeon:prune_", "text"),
     Leaf("heads and neurons", ("pruning", "structured"),
-         "Whole parts go; what is left is a smaller dense model.", "compression.structures"),
+         "Whole parts go; what is left is a smaller dense model.",
+         "compression.structures:sliced", "text"),
     Leaf("emptied first", ("pruning", "structured"),
-         "A penalty drains the parts that will go.", "compression.dress"),
+         "A penalty drains the parts that will go.",
+         "compression.dress:empty", "training"),
     Leaf("searched", ("pruning", "structured"),
-         "One training holds many sizes, and a search picks.", "compression.nas_compression"),
+         "One training holds many sizes, and a search picks.",
+         "compression.nas_compression:evolve", "training"),
     Leaf("blocks", ("pruning", "structured"),
-         "Whole blocks go, or a model is trained so that they can.", "compression.layerdrop"),
+         "Whole blocks go, or a model is trained so that they can.",
+         "compression.layerdrop:pruned"),
     Leaf("white box", ("distillation",),
-         "A pupil learns the teacher's whole distribution.", "compression.compression_survey"),
+         "A pupil learns the teacher's whole distribution.",
+         "compression.compression_survey:taught", "training"),
     Leaf("black box", ("distillation",),
-         "A pupil learns from what the teacher writes.", "compression.compression_survey"),
+         "A pupil learns from what the teacher writes.",
+         "compression.compression_survey:imitating", "training"),
     Leaf("shared weights", ("compact design",),
-         "One block's weights serve for several, with small adapters.", "compression.flexigpt"),
+         "One block's weights serve for several, with small adapters.",
+         "compression.flexigpt:share_"),
     Leaf("low rank", ("compact design",),
-         "A matrix becomes a product of two thin ones.", "compression.flexigpt"),
+         "A matrix becomes a product of two thin ones.",
+         "compression.flexigpt:low_rank"),
     Leaf("cheaper attention", ("compact design",),
-         "Attention whose cost grows with the length, not its square."),
+         "Attention whose cost grows with the length, not its square.", needs="training"),
     Leaf("mixture of experts", ("dynamic networks",),
-         "Each token uses a few of many feed-forward layers.", "experts.moe"),
+         "Each token uses a few of many feed-forward layers.",
+         "experts.moe:MoE", "training"),
     Leaf("early exit", ("dynamic networks",),
-         "Easy tokens leave after a few blocks.", "experts.early_exit"),
+         "Easy tokens leave after a few blocks.",
+         "experts.early_exit:add_confidence_exits", "training"),
     Leaf("skipped blocks", ("dynamic networks",),
-         "A router sends some tokens past a block.", "experts.learning_to_skip"),
+         "A router sends some tokens past a block.",
+         "experts.learning_to_skip:add_routers", "training"),
 )  # fmt: skip
 
 
@@ -116,6 +138,27 @@ class Constraint(nn.Module):
         ignore = None if self.mask is None or not self.fitted else ~self.mask
         how = {"group": self.group, "scheme": self.scheme, "ignore": ignore}
         return quantize(weight.detach(), self.bits, **how)
+
+
+class Cherries(Constraint):
+    """A few weights stay as they are, the others are rounded by `cherry.round_rest`; lab 807.
+
+    kept: (out, in) bool, as many in each row.
+    """
+
+    def __init__(self, kept: Tensor, bits: int, group: int = 64):
+        super().__init__(None, bits, group)
+        self.register_buffer("kept", kept)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """(out, in) -> the same; gradients pass the rounding."""
+        value = cherry.round_rest(weight.detach(), self.kept, self.bits, self.group)
+        return weight + (value - weight).detach()
+
+    def parts(self, weight: Tensor) -> dict[str, Tensor]:
+        """What a file holds: codes, steps, kept values, and their places."""
+        small = cherry.store(weight, self.kept, self.bits, self.group)
+        return {name: getattr(small, name) for name in ("packed", "steps", "kept", "places")}
 
 
 def constrained(layer: nn.Module) -> Constraint:
@@ -173,6 +216,24 @@ def two_of_four(model, rows, by: str = "activation") -> nn.Module:
         mask = torch.zeros_like(four, dtype=torch.bool)
         mask = mask.scatter_(2, four.topk(2, 2).indices, True).flatten(1)
         constrain_(layer, Constraint(mask, pattern="2:4"))
+    return model
+
+
+def with_cherries(model, rows, bits: int, keep: float = 1 / 64, group: int = 64) -> nn.Module:
+    """Quantize, but for the weights of each row on which the loss leans most (lab 807)."""
+    for name, score in cherry.impact(model, rows).items():
+        kept = cherry.cherries(score, keep)
+        constrain_(anatomy.projections(model)[name], Cherries(kept, bits, group))
+    return model
+
+
+def two_of_four_moved(model, rows) -> nn.Module:
+    """Two of four by curvature, and the others move to make up for those that go (lab 802)."""
+    from lablib.compression.llm_surgeon import shot_
+
+    shot_(model, rows, 0.5, structure="2:4")
+    for layer in anatomy.projections(model).values():
+        constrain_(layer, Constraint(layer.weight.detach() != 0, pattern="2:4"))
     return model
 
 
@@ -257,7 +318,9 @@ STEPS: Mapping[str, Callable[..., nn.Module]] = {
     "round": rounded,
     "round adaptively": rounded_adaptively,
     "sparse": sparse,
+    "cherries": with_cherries,
     "2:4": two_of_four,
+    "2:4, moved": two_of_four_moved,
     "narrow": narrow,
     "tune": tuned,
     "teach": taught,
@@ -266,11 +329,19 @@ STEPS: Mapping[str, Callable[..., nn.Module]] = {
 Recipe = Sequence[tuple[str, Mapping[str, object]]]
 
 
-def compress(model: nn.Module, recipe: Recipe, rows: Tensor, calibration: int = 64) -> nn.Module:
+def compress(
+    model: nn.Module,
+    recipe: Recipe,
+    rows: Tensor,
+    calibration: int = 64,
+    budget: float | None = None,
+) -> nn.Module:
     """A compressed copy. recipe: steps in order, each a name of STEPS and its options.
 
     rows: (n, length + 1) to train on, in order, the first `calibration` of them to choose by.
-    The model itself teaches where a step distils. Raises ValueError for an unknown step.
+    budget: bits that may be stored, at most, for each weight that the blocks' projections had.
+    The model itself teaches where a step distils. Raises ValueError for an unknown step, and for a
+    recipe that takes more than its budget.
     """
     small = copy.deepcopy(model)
     for name, options in recipe:
@@ -279,6 +350,8 @@ def compress(model: nn.Module, recipe: Recipe, rows: Tensor, calibration: int = 
         teaches = {"teacher": model} if name in ("teach", "imitate") else {}
         learns = name in ("tune", "teach", "imitate")
         small = STEPS[name](small, rows if learns else rows[:calibration], **options, **teaches)
+    if budget is not None and (bits := bits_a_weight(small, model)) > budget:
+        raise ValueError(f"this recipe stores {bits:.2f} bits a weight, more than {budget:g}")
     return small
 
 
@@ -305,6 +378,8 @@ def _parts(layer: nn.Module) -> dict[str, Tensor]:
         layer.weight
     )  # fmt: skip
     weight, parts = weight.detach(), {}
+    if isinstance(rule, Cherries):
+        return rule.parts(weight)
     if rule.mask is not None:
         parts["places"] = _places(rule.mask, rule.pattern)
     if rule.bits is None:
@@ -332,6 +407,12 @@ def stored_bytes(model: nn.Module, blocks_alone: bool = False) -> int:
     return sum(p.nbytes for n, p in parts.items() if not blocks_alone or n.startswith(layers))
 
 
+def bits_a_weight(small: nn.Module, whole: nn.Module) -> float:
+    """What is stored of a compressed model's blocks, for each weight of the whole one's."""
+    weights = sum(layer.weight.numel() for layer in anatomy.projections(whole).values())
+    return 8 * stored_bytes(small, blocks_alone=True) / weights
+
+
 def save(model: nn.Module, path: Path) -> int:
     """Write a safetensors file; its size in bytes."""
     from safetensors.torch import save_file
@@ -345,7 +426,7 @@ def deployed(model: nn.Module) -> nn.Module:
     ready = copy.deepcopy(model)
     for name, layer in anatomy.projections(ready).items():
         rule = constrained(layer)
-        if rule.bits is not None and rule.mask is None:
+        if rule.bits is not None and rule.mask is None and not isinstance(rule, Cherries):
             weight = layer.parametrizations.weight.original
             plain: nn.Module = QuantizedLinear(rule.quantized(weight), layer.bias)
         else:

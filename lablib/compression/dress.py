@@ -28,11 +28,15 @@ def choose(
 ) -> Keep:
     """What stays when this share of each block's parts goes.
 
-    rows: (n, length + 1), a little text. parts: "neurons" or "heads"; of heads whole key-value
-        groups go, ranked by the sum of their squares. by: "activation", what a part adds to the
-        residual stream, or "magnitude", the norm of its weights in the output's columns.
+    rows: (n, length + 1), a little text. parts: "neurons", "heads" or "channels"; of heads whole
+        key-value groups go, ranked by the sum of their squares; channels are those of the residual
+        stream, the same for all blocks. by: "activation", what a part adds to the residual stream,
+        or "magnitude", the norm of its weights in the output's columns; channels go by what is
+        read from them.
     Raises ValueError for a ratio that leaves a block nothing.
     """
+    if parts == "channels":
+        return Keep(channels=_largest(importance.of_channels(model, rows), ratio))
     scores = _scores(model, rows, parts, by)
     if parts == "heads":
         share = sizes(model).heads // sizes(model).kv_heads

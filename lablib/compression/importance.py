@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from lablib.compression.calibration import input_norms
@@ -47,6 +48,18 @@ def of_heads(model: nn.Module, rows: Tensor) -> list[Tensor]:
         score.square().unflatten(0, (-1, head_dim)).sum(1).sqrt()
         for score in _columns(model, rows, "output")
     ]
+
+
+def of_channels(model: nn.Module, rows: Tensor) -> Tensor:
+    """Of the residual stream's features, (channels,): how much all that reads one makes of it.
+
+    The same root mean square on rows times the norm of the column that reads it, over all
+    projections that read the stream.
+    """
+    readers = ("query", "key", "value", "gate", "up")
+    norms, layers = input_norms(model, rows, *readers), anatomy.projections(model, *readers)
+    squares = [(norms[name] * layers[name].weight.detach().norm(dim=0)).square() for name in layers]
+    return torch.stack(squares).sum(0).sqrt()
 
 
 def _columns(model: nn.Module, rows: Tensor, role: str) -> list[Tensor]:

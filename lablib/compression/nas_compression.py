@@ -19,7 +19,6 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lablib.compression import importance
-from lablib.compression.calibration import input_norms
 from lablib.compression.recover import cross_entropy
 from lablib.compression.structures import Keep, parameters_of, remaining, sizes, sliced
 from lablib.models import anatomy
@@ -272,10 +271,8 @@ def _sort_heads(model: nn.Module, rows: Tensor) -> None:
 
 def _sort_channels(model: nn.Module, rows: Tensor) -> None:
     readers = ("query", "key", "value", "gate", "up")
-    norms, layers = input_norms(model, rows, *readers), anatomy.projections(model, *readers)
-    squares = [(norms[name] * layers[name].weight.norm(dim=0)).square() for name in layers]
-    order = torch.stack(squares).sum(0).argsort(descending=True)
-    for layer in layers.values():
+    order = importance.of_channels(model, rows).argsort(descending=True)
+    for layer in anatomy.projections(model, *readers).values():
         _permute(layer, order, 1)
     for layer in anatomy.projections(model, "output", "down").values():
         _permute(layer, order, 0)

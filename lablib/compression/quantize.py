@@ -22,7 +22,10 @@ TINY = 1e-12  # in the place of a scale of 0: a group of zeros
 
 
 def symmetric(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Levels -(2^(b-1) - 1) to 2^(b-1) - 1 times the scale: 0 is one, and one code is not used."""
+    """Levels -(2^(b-1) - 1) to 2^(b-1) - 1 times the scale: 0 is one, and one code is not used.
+
+    Also optimum-quanto's of 8 bits, one scale a row.
+    """
     most = 2 ** (bits - 1) - 1
     scale = torch.maximum(-low, high) / most
     return scale, torch.full_like(scale[:1, :1], most)
@@ -45,7 +48,10 @@ def half_step(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def asymmetric(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """2^b levels from a group's smallest weight to its largest."""
+    """2^b levels from a group's smallest weight to its largest; 0 need not be one.
+
+    Also hqq's without its optimizer and its rounded zeros, and optimum-quanto's of 4 and 2 bits.
+    """
     scale = ((high - low) / (2**bits - 1)).clamp_min(TINY)
     return scale, -low / scale
 

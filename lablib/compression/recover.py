@@ -18,7 +18,6 @@ from lablib.training.clipping import clip_gradients
 from lablib.training.optimizers import adamw
 from lablib.training.schedules import learning_rate_factor
 
-RATES = (3e-4, 1e-3, 3e-3)  # that every method, and its baseline, is tuned over
 WARMUP = 0.05  # of the steps
 
 Loss = Callable[[nn.Module, Tensor], Tensor]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -179,6 +179,12 @@ PROMPTS = {  # how the last token is asked for the whole text
 }
 
 
+def several(encoder: Encoder, texts: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
+    """Each text within several prompts: the mean of its vectors, of length 1: (n, dim) float32."""
+    made = [replace(encoder, prompt=prompt, normalize=True)(texts) for prompt in prompts]
+    return F.normalize(torch.stack(made).mean(0), dim=-1)
+
+
 # The map.
 
 
@@ -213,7 +219,13 @@ TREE = tuple(
             "sentences with their word in front",
         ),
         (PROMPTING, "templates", "step by step", "embeddings.embedding_overview:PROMPTS", "a lead"),
-        (PROMPTING, "templates", "several prompts", "", "vectors averaged"),
+        (
+            PROMPTING,
+            "templates",
+            "many prompts",
+            "embeddings.embedding_overview:several",
+            "vectors averaged",
+        ),
         (PROMPTING, "input", "echo", "embeddings.embedding_overview:echo", "the text twice"),
         (TUNING, "architecture", "causal", "embeddings.encode:states", "the model as it is"),
         (
@@ -249,6 +261,13 @@ TREE = tuple(
         (CHOICES, "vector", "words alone", "embeddings.lexical:bm25", "BM25"),
         (CHOICES, "cost", "fewer layers", "embeddings.l3prune:truncate", "cut off the top"),
         (CHOICES, "cost", "smaller model", "embeddings.drama:pruned", "pruned, then tuned"),
+        (
+            CHOICES,
+            "cost",
+            "scaling",
+            "embeddings.prompt_embeddings:best_size",
+            "is larger always better?",
+        ),
         (CHOICES, "measure", "many tasks", "embeddings.mmteb:Benchmark", "one score each"),
     )
 )

@@ -99,6 +99,7 @@ def said(encoder: Encoder, state: Tensor, k: int = 5) -> list[tuple[str, float]]
     """What a state (dim,) of the encoder's layer is about to say: tokens and probabilities."""
     model = encoder.model
     with torch.inference_mode():
+        state = state.to(anatomy.embedding(model).weight.device)
         if encoder.layer is not None:
             state = anatomy.final_norm(model)(state)
         likely = anatomy.head(model)(state).float().softmax(-1).topk(k)
@@ -132,16 +133,23 @@ CANDIDATES = (  # written for this lab: descriptions with a word, definitions wi
 
 
 def demonstration_search(
-    encoder: Encoder, candidates: Pairs, a: Sequence[str], b: Sequence[str], gold: Sequence[float]
+    encoder: Encoder,
+    candidates: Sequence[tuple[str, str] | None],
+    a: Sequence[str],
+    b: Sequence[str],
+    gold: Sequence[float],
 ) -> list[float]:
     """Spearman's correlation on rated pairs with each candidate in front, one at a time: (n,).
 
-    a, b: texts. gold: how alike people found a[i] and b[i]. The paper keeps the best of about 300.
+    candidates: a sentence and its word each, or None for the prompt alone. a, b: texts. gold: how
+    alike people found a[i] and b[i]. Judged by the final layer, whatever the encoder's is. The
+    paper keeps the best of about 300.
     """
     found = []
     for candidate in candidates:
-        maker = prompted(encoder, [candidate])
-        found.append(evaluate.sts(maker(a), maker(b), gold)["spearman"])
+        maker = prompted(encoder, [candidate] if candidate else [])
+        made = every_layer(maker, [*a, *b], ("last",))["last"][-1]  # (2 n, dim)
+        found.append(evaluate.sts(made[: len(a)], made[len(a) :], gold)["spearman"])
     return found
 
 

@@ -112,6 +112,7 @@ def recover(
 ) -> Recovery:
     """Search a vector for each sentence with Adam, whose rate falls to a tenth along a cosine.
 
+    The search runs where the model lies, and what comes back lies there, too.
     sentences: tokens of each. dim: numbers a sentence, if not as many as the model's states have;
     a random map makes states of them, fixed or `learned` by the sentences together. init: deviation
     of the numbers at first. start: tokens before the sentence, which are given; z comes in from the
@@ -120,16 +121,16 @@ def recover(
     alone.
     Raises ValueError when there is no sentence, or an empty one.
     """
-    width = anatomy.embedding(model).embedding_dim
-    before, wanted = padded(sentences, start)
+    width, device = anatomy.embedding(model).embedding_dim, _device(model)
+    before, wanted = (part.to(device) for part in padded(sentences, start))
     place = (where, len(start) - 1)
     draw = torch.Generator().manual_seed(seed)
-    code = init * torch.randn(len(wanted), dim or width, generator=draw)
-    expand = torch.randn(dim, width, generator=draw) / math.sqrt(dim) if dim else None
+    code = init * torch.randn(len(wanted), dim or width, generator=draw).to(device)
+    expand = torch.randn(dim, width, generator=draw).to(device) / math.sqrt(dim) if dim else None
     trains = [code, expand] if learned and dim else [code]
     adam = torch.optim.Adam([part.requires_grad_() for part in trains], lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(1, steps), lr / 10)
-    z, lengths = torch.zeros(len(wanted), width), (wanted != IGNORED).sum(1)
+    z, lengths = torch.zeros(len(wanted), width, device=device), (wanted != IGNORED).sum(1)
     hits, solved, path = lengths.repeat(steps + 1, 1), torch.full_like(lengths, -1), []
     with frozen(model):
         for step in range(steps + 1):
@@ -147,6 +148,11 @@ def recover(
             adam.step()
             schedule.step()
     return Recovery(z, solved, hits, path)
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where its embeddings lie."""
+    return anatomy.embedding(model).weight.device
 
 
 def padded(
@@ -189,9 +195,9 @@ def decode(
 ) -> Tensor:
     """What the model says by itself, always its first choice: z (n, dim) -> (n, length).
 
-    where, start: as in `recover`.
+    where, start: as in `recover`. z lies where the model does.
     """
-    text = torch.tensor([list(start)]).repeat(len(z), 1)
+    text = torch.tensor([list(start)], device=z.device).repeat(len(z), 1)
     cache = model.new_cache(len(start) + length) if isinstance(model, GPT) else None
     if cache and len(start) > 1:
         model.hidden_states(text[:, :-1], cache)  # z is not in there
@@ -282,10 +288,10 @@ def survival(
     scales: length of the noise beside that of z; one share comes back for each. draws: directions
     that are tried, of each sentence.
     """
-    before, wanted = (part.repeat(draws, 1) for part in padded(sentences, start))
+    before, wanted = (part.repeat(draws, 1).to(z.device) for part in padded(sentences, start))
     noise = torch.randn(len(wanted), z.shape[1], generator=torch.Generator().manual_seed(seed))
     here = z.repeat(draws, 1)
-    away = F.normalize(noise) * here.norm(dim=1, keepdim=True)
+    away = F.normalize(noise.to(z.device)) * here.norm(dim=1, keepdim=True)
     lengths = (wanted != IGNORED).sum(1)
     kept = []
     for scale in scales:

@@ -142,14 +142,18 @@ def written(
 
 
 def log_likelihood(model: nn.Module, rows: Written) -> LogLikelihood:
-    """log p(passage | query) by the model as a writer; padding and query count for nothing."""
-    tokens = rows.encoded.inputs
+    """log p(passage | query) by the model as a writer; padding and query count for nothing.
+
+    Computed where the model lies, whose results stay there.
+    """
+    device = anatomy.embedding(model).weight.device
+    tokens, wrote = (part.to(device) for part in (rows.encoded.inputs, rows.wrote))
     log_p = -F.cross_entropy(
         anatomy.logits(model, tokens[:, :-1]).float().transpose(1, 2), tokens[:, 1:],
         reduction="none",
     )  # (n, length - 1), of each next token  # fmt: skip
-    total = (log_p * rows.wrote[:, 1:]).sum(1)
-    return LogLikelihood(total, total / rows.wrote[:, 1:].sum(1))
+    total = (log_p * wrote[:, 1:]).sum(1)
+    return LogLikelihood(total, total / wrote[:, 1:].sum(1))
 
 
 @dataclass(frozen=True)
@@ -207,7 +211,10 @@ def train_grl(
 
 @torch.no_grad()
 def two_rankings(encoder: Encoder, query: str, passages: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """(n,) cosines and (n,) nats a token of passages for a query: the same model, asked twice."""
+    """(n,) cosines and (n,) nats a token of passages for a query: the same model, asked twice.
+
+    Both come back on the CPU, wherever the model lies.
+    """
     cosines = encoder([query]) @ encoder(passages).t()
     rows = written(encoder.tokenizer, [query] * len(passages), passages, encoder.max_length)
-    return cosines[0], log_likelihood(encoder.model, rows).mean
+    return cosines[0], log_likelihood(encoder.model, rows).mean.cpu()

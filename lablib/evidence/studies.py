@@ -477,9 +477,5 @@ def versions() -> dict[str, str]:
 
 
 def device() -> str:
-    """The accelerator that torch uses, or how many cores there are."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    """Where runs are made: on how many cores. A GPU is left alone, see `sweeps.call`."""
     return f"{os.cpu_count()} CPU cores, {platform.machine()}"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from lablib.files import write_json
 from lablib.paths import cache_dir
@@ -116,10 +117,16 @@ def call_in_turn(function: Callable[..., Mapping[str, Any]], point: Point) -> di
         return call(function, point)
 
 
-def call(function: Callable[..., Mapping[str, Any]], point: Point) -> dict[str, Any]:
-    """One run, on one thread of torch: its result in JSON types, and the seconds that it took."""
+def call(
+    function: Callable[..., Mapping[str, Any]], point: Point, gpu: bool = False
+) -> dict[str, Any]:
+    """One run, on one thread of torch: its result in JSON types, and the seconds that it took.
+
+    gpu: let it train on a GPU where there is one. Without it a run is the same on every machine:
+    a GPU trains in fewer bits.
+    """
     start = time.perf_counter()
-    with _one_thread():
+    with _one_thread(), contextlib.nullcontext() if gpu else _without_gpu():
         result = _plain(function(**point))
     seconds = round(time.perf_counter() - start, 2)
     json.dumps(result, allow_nan=False)  # here, where the error still has its point
@@ -138,6 +145,17 @@ def _one_thread() -> Iterator[None]:
     finally:
         if torch:
             torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _without_gpu() -> Iterator[None]:
+    """Torch says meanwhile that there is none, so whatever asks it stays on the processor."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        yield
+        return
+    with mock.patch.object(torch.cuda, "is_available", return_value=False):
+        yield
 
 
 @contextlib.contextmanager

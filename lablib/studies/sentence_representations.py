@@ -16,7 +16,9 @@ it keeps a huge number there, which no z can move, so while that token alone sto
 sentence, its first word never came right. A line break stands between them now, and z comes in
 behind the first token; with z on it, too, half of the searches were stuck for good. A search may
 be stuck still, and is not begun again: one seed lost most of its sentences that way. Some of them
-are found with z in the embeddings.
+are found with z in the embeddings. Two starts for each sentence were run after that had been seen;
+they stand beside the headline, which is judged on one, and have a claim of their own, judged on
+seeds that were drawn then.
 
 Smaller than the specification has it, for time: one or two sentences a genre and seed, shorter
 ones, a tenth of the steps, one start, no learned map, and codes of 64 numbers alone. The headline
@@ -75,6 +77,7 @@ def run(
     dim: int | None = None,
     genres: tuple[str, ...] | None = None,
     each: int | None = None,
+    tries: int | None = None,
 ) -> dict:
     """Search vectors under some conditions, each on its own sentences.
 
@@ -82,7 +85,8 @@ def run(
     rate of each one's grid, instead. The others change all of these conditions; see `searched`.
     Of each condition, "NAME wait" and the other results of `searched`.
     """
-    given = {"where": where, "steps": steps, "dim": dim, "genres": genres, "each": each}
+    given = {"where": where, "steps": steps, "dim": dim, "genres": genres}
+    given |= {"each": each, "tries": tries}
     changes = {key: value for key, value in given.items() if value is not None}
     told = {}
     for name in names.split(","):
@@ -108,11 +112,12 @@ def searched(
     dim: int | None = None,
     cut: int | None = None,
     told: bool = False,
+    tries: int = 1,
 ) -> dict:
-    """One search for a batch of sentences.
+    """One search for a batch of sentences, or the best of several for each.
 
     length: tokens of a sentence, from and to. cut: only its first tokens instead, of longer ones.
-    told: give the texts, too.
+    told: give the texts, too. tries: searches from starts of their own.
     wait, steps: see above. exact, tokens, prefix, bleu: of what greedy decoding says. found: share
     of tokens where the model's first choice is right after right ones; before: the same at the
     start. nats: of a token, without z. genres: exact for each. curve: found, every ten steps.
@@ -124,8 +129,11 @@ def searched(
     for genre in genres:
         wanted += sentences(genre, model, span, seed, each)
     wanted = [tokens[:cut] for tokens in altered(wanted, kind, tokenizer, seed)]
-    options = {"start": start, "seed": seed}
-    recovery = sr.recover(network, wanted, steps, rate, dim, where, **options)
+    found = [
+        sr.recover(network, wanted, steps, rate, dim, where, start=start, seed=seed + 1000 * at)
+        for at in range(tries)
+    ]
+    recovery = best_of(found) if tries > 1 else found[0]
     said = sr.decode(network, recovery.z, max(map(len, wanted)), where, start).tolist()
     sizes = torch.tensor([len(tokens) for tokens in wanted])
     right = recovery.hits.sum(1) / sizes.sum()  # (steps + 1,)
@@ -144,6 +152,18 @@ def searched(
         row["wanted"] = [tokenizer.decode(tokens) for tokens in wanted]
         row["said"] = [tokenizer.decode(s[: len(w)]) for s, w in zip(said, wanted)]
     return row
+
+
+def best_of(found: list[sr.Recovery]) -> sr.Recovery:
+    """Of several searches for the same sentences, the one with most hits at its end, for each.
+
+    Of equal ones the first. Its path is left out.
+    """
+    best = torch.stack([one.hits[-1] for one in found]).argmax(0)  # (n,)
+    place = torch.arange(len(best))
+    z, solved = (torch.stack([getattr(one, key) for one in found]) for key in ("z", "solved"))
+    hits = torch.stack([one.hits.t() for one in found])[best, place].t()  # (steps + 1, n)
+    return sr.Recovery(z[best, place], solved[best, place], hits, [])
 
 
 @lru_cache(maxsize=2)
@@ -210,9 +230,10 @@ EXPENSIVE = ",".join(name for name in CONDITIONS if name.startswith("SmolLM2"))
 CHEAP = ",".join(name for name in CONDITIONS if not name.startswith("SmolLM2"))
 JUDGED = "embedding,layers,head,shuffled,random,8 tokens,16 tokens,24 tokens,256 numbers"
 
-SEEDS = range(5)
+SEEDS, FRESH = range(5), range(5, 10)
 POINTS = grid(seed=0, names="layers") + grid(seed=SEEDS, names=EXPENSIVE)
 POINTS += grid(seed=SEEDS, names=JUDGED)
+POINTS += grid(seed=(*SEEDS, *FRESH), names="SmolLM2 layers", tries=2)
 TUNING = grid(seed=100, names=EXPENSIVE, attempt=range(4), steps=30)
 TUNING += grid(seed=100, names=CHEAP, attempt=range(4), steps=60, each=1)
 TUNING += grid(seed=100, names="8 tokens,24 tokens", attempt=4, steps=60, each=1)
@@ -246,11 +267,14 @@ ROLES = {
 
 
 def values(runs: list) -> dict:
-    """A pair a seed for each direction claim, and each seed's share for the headline."""
+    """A pair a seed for each direction claim; each seed's share for the two of what is found."""
     by_id = {}
     for id, roles in ROLES.items():
         both = roles["method"], roles["baseline"]
         made = [run for run in runs if {*both} <= run.keys()]
         by_id[id] = [Pair(run["seed"], *(run[role] for role in both)) for run in made]
-    strong = [run["SmolLM2 layers exact"] for run in runs if "SmolLM2 layers exact" in run]
-    return by_id | {"recovered": strong}
+    key = "SmolLM2 layers exact"
+    strong = [run for run in runs if key in run]
+    once = [run[key] for run in strong if run.get("tries", 1) == 1]
+    twice = [run[key] for run in strong if run.get("tries") == 2 and run["seed"] in FRESH]
+    return by_id | {"recovered": once} | ({"two-starts": twice} if twice else {})

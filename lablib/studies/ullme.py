@@ -20,11 +20,13 @@ Smaller than the specification has it, for time: tiny-1m in the place of tiny-4m
 shorter texts, headings of Django's documentation alone, one pooling beside the mean. Plain
 imitation in the place of preference is built and was not run. Of four rates for causal reading and
 for the last token, contrast's own was the best each time, so all are judged at it; consistency
-alone takes it untried.
+alone takes it untried. Weights of the three losses are turned on one draw alone, to look at and
+not to judge by.
 """
 
 from __future__ import annotations
 
+from itertools import product
 from time import perf_counter
 
 import numpy as np
@@ -32,7 +34,7 @@ from scipy.stats import spearmanr
 
 from lablib.embeddings import collections, evaluate, lexical, ullme
 from lablib.embeddings.encode import Encoder
-from lablib.evidence import grid, paired
+from lablib.evidence import grid, matching, paired
 from lablib.models import pretrained
 
 STEPS, BATCH = 40, 16
@@ -55,10 +57,12 @@ def run(
     collection: str = "headings",
     held_out: int = HELD_OUT,
     model: str = "tiny-1m",
+    weights: tuple[float, float, float] | None = None,
 ) -> dict:
     """Train with one objective, and judge both what it represents and what it writes.
 
     objective: of WEIGHTS, which has L_DPO's and L_KL's; weight multiplies both, L_CL's is 1.
+    weights: those of L_CL, L_DPO and L_KL instead, whatever the objective is called.
     ndcg: at 10, of each held-out query among the held-out passages; before: without training.
     agreement: mean over queries of Spearman's correlation between cosines and nats a token over
     candidates. nats: a token of the right passage given its query. loss: mean of the last steps.
@@ -68,7 +72,8 @@ def run(
     judged = drawn(collections.pairs(collection, split(seed)), held_out, seed)
     told = {"before": found(encoder, judged)}
     start = perf_counter()
-    own = ullme.Objective((1.0, *(weight * part for part in WEIGHTS[objective])))
+    parts = weights or (1.0, *(weight * part for part in WEIGHTS[objective]))
+    own = ullme.Objective(tuple(parts))
     losses = ullme.train_grl(encoder, learned, steps, rate, own, batch=BATCH, seed=seed)
     told |= {"train_seconds": round(perf_counter() - start, 2), "ndcg": found(encoder, judged)}
     told |= agreement(encoder, judged)
@@ -140,6 +145,11 @@ POINTS = [
     *grid(**BOTH | {"causal": True}, seed=SEEDS, **ALONE),
     *grid(**BOTH | {"pooling": "last", "causal": (True, False)}, seed=SEEDS, **ALONE),
 ]
+# Three weights to turn, on one draw; what stands among the points above is not made again.
+SCALE, ONE = (0.0, 0.1, 1.0), {"seed": 0, **BOTH, "rate": TUNED["grl"]["rate"]}
+KNOWN = {(1.0, 0.0, 0.0): "cl, other rate", (1.0, 0.1, 0.0): "dpo", (1.0, 0.1, 0.1): "grl"}
+TURNED = [w for w in product(SCALE[::2], SCALE, SCALE) if any(w) and w not in KNOWN]
+POINTS += [{**ONE, "objective": "weights", "weights": list(w)} for w in TURNED]
 CANARY = {"objective": "grl", "seed": 200, "rate": 1e-3, "steps": 1, "held_out": 12}
 
 LAST = {"objective": "cl", "pooling": "last", "causal": False}
@@ -155,6 +165,14 @@ ROLES = {
     "both-ways": {"method": LAST, "baseline": LAST | {"causal": True}, "control": None},
     "both-ways-mean": {"method": CL, "baseline": CL | {"causal": True}, "control": None},
 }
+
+
+def turned(runs: list) -> dict[tuple[float, float, float], dict]:
+    """(L_CL's weight, L_DPO's, L_KL's) -> the run with these weights, of the draw of ONE."""
+    found = {tuple(run["weights"]): run for run in matching(runs, objective="weights")}
+    for weights, objective in KNOWN.items():
+        (found[weights],) = matching(runs, objective=objective, **ONE)
+    return found
 
 
 def values(runs: list) -> dict:

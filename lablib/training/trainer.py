@@ -63,7 +63,8 @@ def fit(
         again, training goes on from there, bit for bit on one machine and thread count. Another
         call, with another rate or seed say, is refused there.
     precision: Lightning's; by default bf16 on GPUs that have it, fp16 on older ones, else float32.
-    compile: torch.compile the model; by default on CUDA alone.
+    compile: torch.compile the model; by default on CUDA for 3,000 steps or more: compiling a small
+        model took 17 s of an H200's machine, and saved 6 ms a step.
     trainer: Lightning's Trainer options, such as devices and strategy.
     Raises NonFiniteLoss, which names step, batch and learning rate; ValueError for settings that
     can't be, and when data runs dry.
@@ -88,7 +89,7 @@ def fit(
         optimizer,
         factor=lambda step: learning_rate_factor(step, steps, schedule, warmup),
         check_every=_check_every(on_gpu),
-        compile=on_gpu if compile is None else compile,
+        compile=(on_gpu and steps >= 3000) if compile is None else compile,
     )
     call = {"steps": steps, "accumulate": accumulate, "seed": seed, "schedule": schedule}
     call |= {"warmup": warmup, "clip": clip, "precision": precision}

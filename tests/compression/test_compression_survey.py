@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lablib.compression import cherry
 from lablib.compression import compression_survey as cs
 from lablib.compression.calibration import token_losses
 from lablib.compression.quantize import QuantizedLinear
@@ -33,8 +34,10 @@ def weights(model):
 
 def test_a_leaf_is_there_or_honestly_empty():
     for leaf in cs.TAXONOMY:
+        assert leaf.needs in ("nothing", "text", "training")
         if leaf.where:
-            importlib.import_module(f"lablib.{leaf.where}")
+            module, name = leaf.where.split(":")
+            assert callable(getattr(importlib.import_module(f"lablib.{module}"), name))
     assert {leaf.path[0] for leaf in cs.TAXONOMY} == {
         "quantization", "pruning", "distillation", "compact design", "dynamic networks",
     }  # fmt: skip
@@ -106,6 +109,46 @@ def test_scales_follow_what_stays_only_if_it_was_pruned_first(rows):
     assert after.tolist() == [[0, 0, 0, 0]]
 
 
+def test_cherries_stay_and_the_rest_is_on_levels(rows):
+    model = cs.with_cherries(small_model(), rows, bits=3, keep=1 / 8, group=8)
+    for name, weight in weights(small_model()).items():
+        layer = anatomy.projections(model)[name]
+        kept = cs.constrained(layer).kept
+        assert (kept.sum(1) == -(-weight.shape[1] // 8)).all()
+        torch.testing.assert_close(layer.weight[kept].detach(), weight[kept])
+        again = cherry.store(weight, kept, 3, 8).dequantize()
+        # A file's steps have 16 bits, so what lies between two levels may go to the other one.
+        assert torch.isclose(layer.weight, again, atol=2e-3).float().mean() > 0.995
+
+
+def test_cherries_are_those_with_the_most_impact(rows):
+    model = small_model()
+    score = cherry.impact(model, rows)
+    layers = anatomy.projections(cs.with_cherries(model, rows, bits=3, keep=1 / 8, group=8))
+    for name, layer in layers.items():
+        kept = cs.constrained(layer).kept
+        assert score[name][kept].mean() > score[name][~kept].mean()
+
+
+def test_cherries_learn_and_so_does_the_rest(rows):
+    plan = [("cherries", {"bits": 3, "group": 8}), ("tune", {"steps": 3, "rate": 1e-2})]
+    model = cs.compress(small_model(), plan, rows)
+    for name, weight in weights(small_model()).items():
+        layer = anatomy.projections(model)[name]
+        moved = layer.parametrizations.weight.original != weight
+        assert moved.all(1).any() and moved[cs.constrained(layer).kept].any()
+
+
+def test_two_of_four_moved_moves_the_others(rows):
+    model = cs.compress(small_model(), [("2:4, moved", {})], rows)
+    for name, weight in weights(small_model()).items():
+        layer = anatomy.projections(model)[name]
+        mask = cs.constrained(layer).mask
+        assert (mask.unflatten(1, (-1, 4)).sum(2) == 2).all()
+        assert (layer.weight[~mask] == 0).all()
+        assert not torch.allclose(layer.weight[mask], weight[mask])
+
+
 # Structures.
 
 
@@ -159,6 +202,14 @@ def test_an_unknown_step_is_said(rows):
         cs.compress(small_model(), [("freeze", {})], rows)
 
 
+def test_a_recipe_beyond_its_budget_is_refused(rows):
+    plan = [("round", {"bits": 4, "group": 8})]
+    small = cs.compress(small_model(), plan, rows, budget=6.0)  # 4 bits, and 16 for each 8
+    assert cs.bits_a_weight(small, small_model()) == 6.0
+    with pytest.raises(ValueError, match=r"stores 6.00 bits a weight, more than 5.9"):
+        cs.compress(small_model(), plan, rows, budget=5.9)
+
+
 def test_the_model_itself_is_left_alone(rows):
     model = small_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -180,6 +231,8 @@ PLANS = {
     "2 bits, minimum": [("round", {"bits": 2, "scheme": "asymmetric"})],
     "sparse": [("sparse", {"keep": 0.3})],
     "2:4": [("2:4", {})],
+    "2:4, moved": [("2:4, moved", {})],
+    "cherries": [("cherries", {"bits": 3})],
     "narrow": [("narrow", {"keep": 0.5})],
     "narrow, 4 bits": [("narrow", {"keep": 0.5}), ("round", {"bits": 4})],
     "sparse, 4 bits": [("sparse", {"keep": 0.5}), ("round", {"bits": 4})],
@@ -228,13 +281,15 @@ def test_a_stored_model_can_be_read_back(rows):
 
 
 def test_a_deployed_model_computes_the_same(rows):
-    for plan in ([("round", {"bits": 4})], [("sparse", {"keep": 0.5}), ("round", {"bits": 4})]):
+    cherries = [("cherries", {"bits": 3})]
+    both = [("sparse", {"keep": 0.5}), ("round", {"bits": 4})]
+    for plan in ([("round", {"bits": 4})], both, cherries):
         model = cs.compress(small_model(), plan, rows)
         ready = cs.deployed(model)
         expected = model(rows[:, :-1])
         torch.testing.assert_close(ready(rows[:, :-1]), expected, atol=1e-4, rtol=1e-4)
         quantized = any(isinstance(m, QuantizedLinear) for m in ready.modules())
-        assert quantized == (len(plan) == 1)
+        assert quantized == (plan == [("round", {"bits": 4})])
 
 
 def test_the_frontier_has_a_row_for_each_recipe(rows):

@@ -8,7 +8,7 @@ from lablib.compression.calibration import token_losses
 from lablib.compression.recover import recover
 from lablib.compression.structures import Keep, masked, sizes, sliced
 from lablib.exercises import dress as exercises
-from lablib.models import GPT, GPTConfig, to_hf
+from lablib.models import GPT, GPTConfig, anatomy, to_hf
 from lablib.studies import dress as study
 
 
@@ -49,6 +49,17 @@ def test_heads_go_in_whole_groups(by, rows):
     assert keep.heads == [[2, 3], [0, 1]] and keep.neurons is None
 
 
+def test_channels_that_nobody_reads_go(rows):
+    model = small_model()
+    unread = [2, 7, 11, 13]
+    with torch.no_grad():
+        for layer in anatomy.projections(model, "query", "key", "value", "gate", "up").values():
+            layer.weight[:, unread] = 0
+    keep = dress.choose(model, rows, 0.25, parts="channels")
+    assert keep.channels == sorted({*range(16)} - {*unread})
+    assert keep.heads is None and keep.neurons is None
+
+
 @pytest.mark.parametrize("ratio", [1.0, -0.1])
 def test_a_share_that_leaves_nothing_is_said(ratio, rows):
     with pytest.raises(ValueError, match=f"a share of {ratio}"):
@@ -58,7 +69,7 @@ def test_a_share_that_leaves_nothing_is_said(ratio, rows):
 # The penalty.
 
 
-@pytest.mark.parametrize("parts", ["neurons", "heads"])
+@pytest.mark.parametrize("parts", ["neurons", "heads", "channels"])
 def test_the_doomed_are_what_slicing_takes(parts, rows):
     model = small_model()
     keep = dress.choose(model, rows, 0.5, parts=parts)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 from torch import nn
 
 from lablib.compression import finequant as fq
@@ -246,3 +247,27 @@ def test_torchs_own_int4_product_is_the_same_product():
     eight, fused8 = made["int8_seconds"](), made["fused_int8_seconds"]().float()
     assert (fused8 - eight).abs().max() < 0.02 * eight.abs().max()
     assert 0 < (ours - exact).abs().max() < 0.5 * exact.abs().max()
+
+
+# What an encoder is good for.
+
+
+def test_no_pair_belongs_to_two_seeds():
+    for seeds, split in (((0, 1, 4), 0), ((100, 101), 0)):
+        drawn = [set(zip(*study.pairs_of(seed, 100)[split], strict=True)) for seed in seeds]
+        assert all(len(rows) > 190 for rows in drawn)  # a few pairs of the test are there twice
+        assert not any(a & b for a, b in pairwise(drawn))
+    judged, tuned = (set(study.pairs_of(seed, 50)[1][0]) for seed in (0, 100))
+    assert not judged & tuned
+
+
+def test_tasks_leave_the_encoder_as_it_was_and_see_how_it_is_rounded():
+    weights = fq.linear_weights(study.encoder("minilm-l6-v2")[0])
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    found = study.run(model="tasks", seed=100, rows=8)
+    assert all(torch.equal(weights[name], before[name]) for name in before)
+    assert set(found) == {f"{task}_{way}" for task in ("people", "search") for way in study.ROUNDED}
+    (a, b, said), _ = study.pairs_of(100, 8)
+    near = (study.embed("minilm-l6-v2", a) * study.embed("minilm-l6-v2", b)).sum(1)
+    assert found["people_whole"] == pytest.approx(spearmanr(near, said).statistic, abs=1e-4)
+    assert found["people_3_row"] != found["people_whole"]

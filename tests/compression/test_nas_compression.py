@@ -13,6 +13,7 @@ from lablib.models import GPT, GPTConfig, anatomy, pretrained, to_hf
 from lablib.paths import PACKAGE
 from lablib.peft.adapter import fold_, trainable
 from lablib.peft.lora import lora_
+from lablib.studies import nas_compression as study
 
 
 def small_model():
@@ -361,3 +362,47 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_exercises_tell_right_from_wrong(name, tells_right_from_wrong):
     tells_right_from_wrong(getattr(exercises, name), WRONG[name])
+
+
+# SmolLM2's cloud, on a smaller model.
+
+
+@pytest.fixture(scope="module")
+def cloud():
+    return study.run(kind="untrained", model="tiny-1m", seed=0, tries=3, rows=8)
+
+
+def test_a_cloud_stays_within_its_budget(cloud):
+    whole = nas.Space(pretrained("tiny-1m")[0])
+    most = study.BUDGET * whole.parameters(whole.largest) / 1e6
+    assert len(cloud["cloud"]) == len(cloud["shapes"]) == len(cloud["heads"]) == 6
+    assert all(0.97 * most <= size <= most for size, _ in cloud["cloud"])
+    assert len(set(zip(cloud["shapes"], cloud["heads"], strict=True))) == 6
+
+
+def test_a_clouds_shapes_have_the_parameters_that_it_says(cloud):
+    size = nas.Space(pretrained("tiny-1m")[0]).size
+    for (millions, _), shape, heads in zip(cloud["cloud"], cloud["shapes"], cloud["heads"]):
+        stays = [(int(n), int(h)) for n, h in zip(shape, heads) if n != "-"]
+        neurons = sum(size.neurons * n // 4 for n, _ in stays)
+        groups, share = sum(h for _, h in stays), size.heads // size.kv_heads
+        blocks = size.channels * (3 * neurons + 2 * groups * size.head_dim * (share + 1))
+        norms = size.channels * (2 * len(stays) + 1)
+        table = 4096 * size.channels
+        assert blocks + norms + table == round(1e6 * millions)
+
+
+def test_the_best_of_a_cloud_are_judged_on_other_text(cloud):
+    losses = [loss for _, loss in cloud["cloud"]]
+    assert cloud["whole"] < min(cloud["best"].values())
+    assert not {round(loss, 4) for loss in cloud["best"].values()} & set(losses)
+
+
+def test_what_is_cut_out_is_smaller_and_timed():
+    found = study.run(kind="sliced", model="tiny-1m", seed=0, rows=2)
+    assert all(set(found[key]) == set(study.SHAPES) for key in ("millions", "nats", "seconds"))
+    whole, *others = found["millions"].values()
+    assert whole == pretrained("tiny-1m")[0].n_parameters() / 1e6
+    assert all(millions < whole for millions in others)
+    assert all(0 < seconds < 0.1 for seconds in found["seconds"].values())
+    assert len(set(found["nats"].values())) == len(study.SHAPES)

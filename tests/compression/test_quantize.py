@@ -1,4 +1,7 @@
 import copy
+import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,9 @@ from lablib.compression import quantize as q
 from lablib.experts.moe import MoE, SwiGLUExperts
 from lablib.experts.routing import TokenChoice
 from lablib.models import GPT, GPTConfig, anatomy
+
+HERE = Path(__file__).parent
+PEERS = runpy.run_path(str(HERE / "record_quantize.py"))  # the weights, and what agrees
 
 
 def small_model():
@@ -195,3 +201,26 @@ def test_experts_are_rounded_one_by_one():
     with q.rounded(model, lambda name, w: seen.append((name, w.ndim)) or w * 2):
         pass
     assert [n for n, _ in seen].count(experts[0]) == 4 and {d for _, d in seen} == {2}
+
+
+def drawn(package, bits, group):
+    """Our rounding of the weights that a package's recorded rounding is of."""
+    scheme = PEERS["CASES"][package, bits, group]
+    weight = torch.from_numpy(PEERS["weights"]())
+    return q.quantize(weight, bits, group=group, scheme=scheme, scale_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("case", PEERS["CASES"], ids=str)
+def test_codes_and_weights_are_those_of_hqq_and_optimum_quanto(case):
+    recorded = json.loads((HERE / "quantize.json").read_text("utf-8"))[" ".join(map(str, case))]
+    small = drawn(*case)
+    assert small.codes.tolist() == recorded["codes"]
+    assert torch.allclose(small.dequantize(), torch.tensor(recorded["back"]), atol=1e-5)
+
+
+def test_another_convention_is_not_theirs():
+    recorded = json.loads((HERE / "quantize.json").read_text("utf-8"))["hqq 4 32"]
+    weight = torch.from_numpy(PEERS["weights"]())
+    for scheme in set(q.SCHEMES) - {"asymmetric"}:
+        back = q.quantize(weight, 4, group=32, scheme=scheme).dequantize()
+        assert (back - torch.tensor(recorded["back"])).abs().max() > 0.01

@@ -1,12 +1,16 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from lablib.embeddings import embedding_overview as overview
 from lablib.embeddings.encode import Encoder, Prompt, states
+from lablib.evidence.studies import Study, matching
 from lablib.exercises import Wrong
 from lablib.exercises import embedding_overview as exercises
 from lablib.models import GPT, GPTConfig, pretrained
+from lablib.papers import paper
 from lablib.studies import embedding_overview as study
 
 TEXTS = [
@@ -134,6 +138,15 @@ def test_an_instruction_stands_before_the_query():
     assert overview.instruction("Find the function").before + "sorts a list" == told
 
 
+def test_several_prompts_are_their_mean(small):
+    prompts = [Prompt(), Prompt("Say: ", "."), Prompt(after=" is")]
+    made = [replace(small, prompt=prompt)(TEXTS) for prompt in prompts]
+    mean = torch.stack(made).mean(0)
+    found = overview.several(replace(small, normalize=False), TEXTS, prompts)
+    torch.testing.assert_close(found, mean / mean.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(overview.several(small, TEXTS, prompts[:1]), made[0])
+
+
 # The map.
 
 
@@ -167,6 +180,15 @@ def test_judging_texts_are_none_of_those_to_choose_by():
 def test_cells_are_sorted_by_row_and_task():
     runs = [{"seed": 0, "a | x": 1.0, "own prompts": 3.0}, {"seed": 1, "a | x": 2.0, "a | y": 4.0}]
     assert study.cells(runs) == {"a": {"x": [1.0, 2.0], "y": [4.0]}}
+
+
+def test_rows_of_other_labs_are_on_every_task_and_draw():
+    runs = Study(paper("embedding-overview")).runs()
+    cells = study.cells(matching(runs, kind="more"))
+    assert len(cells) == 5
+    assert all(list(row) == list(study.TASKS) for row in cells.values())
+    assert {len(scores) for row in cells.values() for scores in row.values()} == {5}
+    assert not set(cells) & set(study.cells(matching(runs, kind="draw")))
 
 
 # Exercises.

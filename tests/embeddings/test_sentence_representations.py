@@ -266,6 +266,24 @@ def test_the_headline_turns_when_sentences_are_lost():
         assert judge(claim, study.values(runs)["recovered"]).verdict == verdict
 
 
+def test_two_starts_are_no_part_of_the_headline():
+    run = {"seed": 0, "SmolLM2 layers exact": 1.0}
+    assert study.values([run, run | {"tries": 2}])["recovered"] == [1.0]
+
+
+def test_of_several_searches_each_sentence_has_its_best():
+    model = model_of("gpt")
+    found = [sr.recover(model, SENTENCES, 6, 0.05, seed=seed) for seed in (1, 2)]
+    found[0].hits[-1], found[1].hits[-1] = torch.tensor([3, 1]), torch.tensor([2, 4])
+    best = study.best_of(found)
+    assert torch.equal(best.z, torch.stack([found[0].z[0], found[1].z[1]]))
+    assert torch.equal(best.hits[:, 0], found[0].hits[:, 0])
+    assert torch.equal(best.hits[:, 1], found[1].hits[:, 1])
+    assert best.solved.tolist() == [found[0].solved[0], found[1].solved[1]]
+    found[1].hits[-1] = found[0].hits[-1]
+    assert torch.equal(study.best_of(found).z, found[0].z)
+
+
 # Exercises.
 
 

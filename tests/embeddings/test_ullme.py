@@ -20,8 +20,11 @@ from lablib.embeddings.ullme import (
     two_rankings,
     written,
 )
+from lablib.evidence.studies import Study
 from lablib.exercises import ullme as exercises
 from lablib.models.weights import pretrained
+from lablib.papers import paper
+from lablib.studies import ullme as study
 
 TRIPLES = [
     (f"About {name}", f"{name} built a house by the river.", "Nobody lives in the desert.")
@@ -158,6 +161,28 @@ def test_two_rankings_of_one_model(encoder):
         assert math.isclose(cosines[place].item(), cosine.item(), rel_tol=1e-5)
         mean = log_likelihood(encoder.model, alone).mean.item()
         assert math.isclose(nats[place].item(), mean, rel_tol=1e-5)
+
+
+# The study.
+
+
+def test_weights_of_their_own_are_those_of_an_objective():
+    point = study.CANARY | {"held_out": 10}
+    named = study.run(**point | {"objective": "grl", "weight": 0.1})
+    own = study.run(**point | {"objective": "weights", "weights": [1.0, 0.1, 0.1]})
+    other = study.run(**point | {"objective": "weights", "weights": [1.0, 0.1, 1.0]})
+    assert own["loss"] == named["loss"] != other["loss"]
+
+
+def test_every_setting_that_trains_something_is_stored():
+    turned = study.turned(Study(paper("ullme")).runs())
+    assert len(turned) == 2 * 3 * 3 - 1 and (0.0, 0.0, 0.0) not in turned
+    assert {run["seed"] for run in turned.values()} == {0}
+    assert {run["rate"] for run in turned.values()} == {study.TUNED["grl"]["rate"]}
+    for weights, run in turned.items():
+        if run["objective"] != "weights":
+            named = study.WEIGHTS[run["objective"]]
+            assert weights == (1.0, *(run.get("weight", 1.0) * part for part in named))
 
 
 # Exercises.

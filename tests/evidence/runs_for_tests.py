@@ -53,3 +53,9 @@ def busy(seed, folder):
     count = len(list(mark.parent.iterdir()))
     mark.unlink()
     return {"going": count}
+
+
+def sees_a_gpu():
+    import torch
+
+    return {"gpu": torch.cuda.is_available()}

@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # spawned workers look the functions up by name
 import runs_for_tests as functions
 
-from lablib.evidence.sweeps import RunFailed, grid, sweep
+from lablib.evidence.sweeps import RunFailed, call, grid, sweep
 
 POINTS = grid(lr=(0.1, 0.2), seed=range(3))
 
@@ -139,3 +139,12 @@ def test_dask_runs_a_sweep_on_two_processes(tmp_path):
         rows = sweep(functions.slow_product, POINTS, tmp_path, executor=client.get_executor())
     assert [row["result"]["loss"] for row in rows] == [p["lr"] * p["seed"] for p in POINTS]
     assert len({row["result"]["process"] for row in rows}) == 2
+
+
+def test_a_run_sees_no_gpu_unless_it_may(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert call(functions.sees_a_gpu, {})["result"] == {"gpu": False}
+    assert call(functions.sees_a_gpu, {}, gpu=True)["result"] == {"gpu": True}
+    assert torch.cuda.is_available()

@@ -75,8 +75,10 @@ def test_equals_the_switch_layer_of_transformers(capacity):
     theirs_of = pytest.importorskip(
         "transformers.models.switch_transformers.modeling_switch_transformers"
     )
-    from transformers import SwitchTransformersConfig
+    from transformers import SwitchTransformersConfig, __version__
 
+    if capacity < 20 and tuple(map(int, __version__.split(".")[:2])) < (5, 18):
+        pytest.skip("transformers drops no token before 5.18")
     config = SwitchTransformersConfig(
         d_model=8, d_ff=12, num_experts=4, expert_capacity=capacity, dropout_rate=0.0
     )

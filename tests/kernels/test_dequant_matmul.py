@@ -134,3 +134,18 @@ def test_the_whole_weight_is_never_there(monkeypatch):
         dequant_matmul(x, *weight, 4, 32), naive.dequant_matmul(x, *weight, 4, 32)
     )
     assert max(seen) == 256 and len(seen) == 10
+
+
+@pytest.mark.parametrize(
+    ("bits", "group"), [(8, 32), (4, 32), (2, 64), (8, 1024), (4, 24), (4, 1024)]
+)
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_triton_splits_the_inputs_of_few_tokens(bits, group, tokens, device, dtype, close):
+    from lablib.kernels.dequant_matmul import triton
+
+    x, *weight = _inputs(bits, tokens, 1024, 40, group, device)
+    x = x.to(dtype) / 32
+    whole = x.float(), *weight
+    parts = triton._parts(x, 1, weight[0].shape[1], 16)[1]
+    assert parts > 1
+    close(triton.product(x, *weight, bits, group), naive.dequant_matmul(*whole, bits, group))

@@ -230,3 +230,16 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_exercises_tell_right_from_wrong(name, tells_right_from_wrong):
     tells_right_from_wrong(getattr(exercises, name), WRONG[name])
+
+
+def test_the_lstm_learns_under_autocast():
+    torch.manual_seed(0)
+    lstm = LSTM([END, "a", "b", "c", "d"], width=4, hidden=4, dropout=0.0)
+    batch = torch.tensor([[0, 1, 2, 3, 0], [0, 4, 0, -1, -1]])
+    exact = lstm.loss(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = lstm.loss(batch)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(float(exact), abs=0.02)
+    assert lstm.embedding.weight.grad.abs().sum() > 0

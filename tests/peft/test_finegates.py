@@ -9,9 +9,10 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
-from lablib.compression.recover import drawn, recover
+from lablib.compression.recover import drawn, language_loss, recover
+from lablib.data.tasks import licence_texts
 from lablib.exercises import finegates as exercises
-from lablib.models import anatomy
+from lablib.models import anatomy, pretrained
 from lablib.models.classifier import Classifier, Encoded
 from lablib.peft import finegates as fg
 from lablib.peft.adapter import (
@@ -325,6 +326,30 @@ def test_what_not_worse_allows_is_on_loras_side_alone():
     options = {"seed": 201, "steps": 1, "train": 20, "test": 20}
     gaps = {k: (r := study.run(k, **options))["judged"] - r["points"] for k in ("low", "lora")}
     assert gaps == {"low": 0.0, "lora": -study.MARGIN}
+
+
+def test_a_higher_target_leaves_less(monkeypatch):
+    monkeypatch.setitem(study.RATES, "low", [(1.0, 0.01)] * 5)
+    sentences = study.lesson(201, 20)
+    cuts, whole = study.cuts_at((20, 80), sentences, sentences, 6, 0)
+    assert 0 < cuts[20][0] < cuts[80][0] <= 1
+    assert min(whole, *(spent for *_, spent in cuts.values())) > 0
+    before = study.gated(0.8, sentences, 6, 0)
+    assert cuts[80][0] == fg.removed(before.model)
+    assert cuts[80][1] == study.told_of(before, sentences)["points"]  # cut, it answers as before
+
+
+def test_licences_go_through_the_last_blocks_as_through_all():
+    model, tokenizer = pretrained("tiny-1m")
+    whole, n_blocks = copy.deepcopy(model), len(model.blocks)
+    loss_of, milliseconds = study.on_licences(model, tokenizer, 3, 2, 2)
+    assert len(model.blocks) == 2 < n_blocks
+    for documents, places in zip(licence_texts(), ([0, 1, 2], [3, 4]), strict=True):
+        tokens = [t for d in documents[: len(places)] for t in tokenizer.encode(d.text[:600])]
+        rows = torch.tensor(tokens[: 33 * len(places)]).view(-1, 33)
+        ours = loss_of(model, torch.tensor(places)[:, None])
+        torch.testing.assert_close(ours, language_loss(whole, rows), atol=1e-5, rtol=1e-5)
+    assert milliseconds(model, torch.tensor([0])) > 0
 
 
 WRONG = {

@@ -2,11 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from lablib.compression.recover import language_loss
+from lablib.compression.recover import language_loss, recover
 from lablib.models import GPT, GPTConfig, anatomy
+from lablib.peft import cost_table
 from lablib.peft import measure as m
-from lablib.peft.adapter import adapters
+from lablib.peft.adapter import adapters, trainable
 from lablib.peft.lora import lora_
+from lablib.peft.qlora import nf4_, qlora_
 
 ROWS = torch.randint(50, (4, 17), generator=torch.Generator().manual_seed(0))
 
@@ -96,3 +98,73 @@ def test_a_failing_loss_leaves_no_adapter():
     with pytest.raises(RuntimeError):
         m.measure_method(model, lora_, fails)
     assert not adapters(model)
+
+
+def learn(model):
+    recover(model, ROWS, 3, 0.05, trainable=list(trainable(model)) or "all")
+
+
+def judge(model):
+    return loss(model).item()
+
+
+WAYS = {"lora": lambda model: lora_(model, rank=2), "full": m.full}
+
+
+def test_rows_of_several_methods_tell_of_time_memory_and_what_was_learned():
+    model = build()
+    bits = {name: p.detach().clone() for name, p in model.named_parameters()}
+    start = judge(model)
+    rows = m.measure_methods(model, WAYS, loss, outputs, learn=learn, judge=judge, repeats=1)
+    for row in rows.values():
+        assert row["held_out"] < start - 0.1 and min(row["step"], row["inference"]) > 0
+        assert row["rise_bytes"] is None or row["rise_bytes"] >= 0
+    assert 0 < rows["lora"]["merge_error"] < 1e-5  # of what has learned, so not of zeros
+    assert all(torch.equal(p, bits[name]) for name, p in model.named_parameters())
+    assert judge(model) == start
+
+
+def test_what_was_not_asked_for_is_none():
+    row = m.measure_method(build(), lora_, loss)
+    assert [row[key] for key in ("rise_bytes", "held_out", "merge_error")] == [None] * 3
+
+
+def test_what_refuses_to_be_merged_has_no_error_of_merging():
+    model = build()
+    nf4_(model)
+    row = m.measure_method(model, lambda model: qlora_(model, rank=2), loss, outputs)
+    assert row["merge_error"] is None and not adapters(model)
+
+
+def test_a_rise_of_memory_is_seen():
+    rose = m.rise(lambda: torch.ones(30_000_000).sum())
+    assert rose is None or 100e6 < rose < 200e6
+    with pytest.raises(ZeroDivisionError):
+        m.rise(lambda: 1 / 0)
+
+
+def test_a_table_has_a_text_for_each_number_and_a_blank_where_there_is_none():
+    model = build()
+    rows = {name: m.measure_method(model, way, loss, outputs) for name, way in WAYS.items()}
+    rows["lora"] |= {"step": 0.5, "inference": 0.2}
+    rows["full"] |= {"step": 1.0, "inference": 0.1}
+    told = cost_table.cells(rows)
+    assert told["numbers<br>that<br>train"] == [f"{rows[name]['n_trainable']:,}" for name in rows]
+    assert told["step<br>takes"] == ["1.00", "2.00"]
+    assert told["inference<br>takes"] == ["1.00", "0.50"]
+    assert told["off<br>when<br>merged"][1] == cost_table.BLANK
+    assert "held<br>out,<br>nats" not in told and "measured<br>rise,<br>MB" not in told
+    account = rows["full"]
+    beside = (account["total"] - account["parameters"]) / 1e6
+    assert told["beside<br>weights,<br>MB"][1] == f"{beside:,.1f}"
+
+
+def test_the_dearest_of_a_column_is_the_darkest():
+    pytest.importorskip("plotly")
+    from plotly.graph_objects import Figure
+
+    model = build()
+    rows = {name: m.measure_method(model, way, loss) for name, way in WAYS.items()}
+    (made,) = cost_table.drawn(Figure(), rows).data
+    assert list(made.y) == ["lora", "full"] and [row[0] for row in made.z][1] == 1.0
+    assert 0 < made.z[0][0] < 0.5 and made.text[1][0] == f"{rows['full']['n_trainable']:,}"

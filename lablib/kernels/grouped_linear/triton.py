@@ -11,25 +11,23 @@ from torch import Tensor
 
 
 @triton.jit
-def _group_of(tile, last_tile, groups, WIDTH: tl.constexpr):
-    """How many groups end at or before this tile."""
-    group = tl.arange(0, WIDTH)
-    ends = tl.load(last_tile + group, group < groups, 2**31 - 1)
-    return tl.sum((ends <= tile).to(tl.int32), 0)
-
-
-@triton.jit
 def _product(
-    x, weight, last_tile, last_row, out, groups, d_in, d_out, by_group, by_out, by_in,
+    x, weight, counts, out, groups, d_in, d_out, by_group, by_out, by_in,
     PRECISION: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr,
     IN: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
-    group = _group_of(tile, last_tile, groups, WIDTH)
+    # Each program adds the counts up itself: that is sooner done than another kernel launched.
+    number = tl.arange(0, WIDTH)
+    count = tl.load(counts + number, number < groups, 0).to(tl.int32)
+    tiles = (count + ROWS - 1) // ROWS
+    last_tile, last_row = tl.cumsum(tiles, 0), tl.cumsum(count, 0)
+    done = (number < groups) & (last_tile <= tile)
+    group = tl.sum(done.to(tl.int32), 0)
     if group < groups:
-        before = tl.load(last_tile + group - 1, group > 0, 0)
-        start = tl.load(last_row + group - 1, group > 0, 0)
-        end = tl.load(last_row + group)
+        before = tl.sum(tl.where(done, tiles, 0), 0)
+        start = tl.sum(tl.where(done, count, 0), 0)
+        end = tl.sum(tl.where(number == group, last_row, 0), 0)
         row = (start + (tile - before) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         column = tl.program_id(1) * OUT + tl.arange(0, OUT)
         matrix = weight + group.to(tl.int64) * by_group
@@ -48,14 +46,17 @@ def _product(
 
 @triton.jit
 def _outer(
-    grad, x, last_row, out, d_in, d_out,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
+    grad, x, counts, out, groups, d_in, d_out,
+    PRECISION: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr,
+    IN: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
+    number = tl.arange(0, WIDTH)
+    count = tl.load(counts + number, number < groups, 0).to(tl.int32)
     i = tl.program_id(1) * OUT + tl.arange(0, OUT)
     j = tl.program_id(2) * IN + tl.arange(0, IN)
-    start = tl.load(last_row + group - 1, group > 0, 0)
-    end = tl.load(last_row + group)
+    start = tl.sum(tl.where(number < group, count, 0), 0)
+    end = tl.sum(tl.where(number <= group, count, 0), 0)
     total = tl.zeros((OUT, IN), tl.float32)
     for begin in range(start, end, ROWS):
         row = (begin + tl.arange(0, ROWS)).to(tl.int64)
@@ -78,6 +79,11 @@ def _block(size: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(size)))
 
 
+def _deep(x: Tensor) -> int:
+    """How much of the sum is taken at once: as many bytes in every dtype."""
+    return 32 if x.element_size() >= 4 else 64
+
+
 def product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """(rows, d_in), (groups, d_out, d_in) in any strides, (groups,) -> (rows, d_out)."""
     rows, d_in = x.shape
@@ -87,13 +93,12 @@ def product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         return out
     size = _block(rows // groups, 128)
     tiles = triton.cdiv(rows, size) + groups
-    last_tile = ((counts + size - 1) // size).cumsum(0).to(torch.int32)
     out_block = _block(d_out, 128 if x.element_size() < 4 else 64)
     grid = tiles, triton.cdiv(d_out, out_block)
     _product[grid](
-        x.contiguous(), weight, last_tile, counts.cumsum(0), out, groups, d_in, d_out,
+        x.contiguous(), weight, counts.contiguous(), out, groups, d_in, d_out,
         *weight.stride(), _precision(), triton.next_power_of_2(groups), size, out_block,
-        _block(d_in, 32), num_warps=8 if size * out_block >= 128 * 128 else 4,
+        _block(d_in, _deep(x)), num_warps=8 if size * out_block >= 128 * 128 else 4,
     )  # fmt: skip
     return out
 
@@ -104,10 +109,11 @@ def outer(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     out = x.new_empty(groups, d_out, d_in)
     if out.numel() == 0:
         return out
-    sizes = _block(d_out, 64), _block(d_in, 64)
+    most = 64 if x.element_size() >= 4 else 128
+    sizes = _block(d_out, most), _block(d_in, most)
     grid = groups, triton.cdiv(d_out, sizes[0]), triton.cdiv(d_in, sizes[1])
     _outer[grid](
-        grad.contiguous(), x.contiguous(), counts.cumsum(0), out, d_in, d_out,
-        _precision(), 32, *sizes,
+        grad.contiguous(), x.contiguous(), counts.contiguous(), out, groups, d_in, d_out,
+        _precision(), triton.next_power_of_2(groups), _deep(x), *sizes,
     )  # fmt: skip
     return out

@@ -83,7 +83,7 @@ def _chunks(hidden, weight, target, ignore_index, mean, want_hidden, want_weight
     kept = (target != ignore_index).sum()
     share = 1.0 / max(int(kept), 1) if mean else 1.0
     half = hidden.dtype == torch.float16
-    size = max(1, CHUNK // max(1, weight.shape[0]))
+    size = max(1, (2 if hidden.is_cuda else 1) * CHUNK // max(1, weight.shape[0]))
     scale = share * _power_of_two(HALF_PEAK / share) if half else share
     shrink = _shrink(hidden, min(size, len(target)) * scale) if half and want_weight else 1.0
     total = hidden.new_zeros((), dtype=torch.float32)
@@ -124,6 +124,8 @@ def _put_product(to: Tensor, left: Tensor, right: Tensor) -> None:
     """to = left @ right, where to may be wider."""
     if to.dtype == left.dtype:
         torch.mm(left, right, out=to)
+    elif left.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):  # since torch 2.8
+        torch.ops.aten.mm.dtype_out(left, right, to.dtype, out=to)
     else:
         to.copy_(left @ right)
 
@@ -132,6 +134,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left^T right, summed in float32 over the chunks whatever their dtype."""
     if total.dtype == left.dtype:
         total.addmm_(left.t(), right)
+    elif left.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # since torch 2.8
+        torch.ops.aten.addmm.dtype_out(total, left.t(), right, total.dtype, out=total)
     else:
         total += left.t() @ right
 
