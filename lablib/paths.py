@@ -40,3 +40,10 @@ def cache_dir() -> Path:
         return path
     user = Path(os.environ.get("XDG_CACHE_HOME", ""))  # its standard: ignored when relative
     return (user if user.is_absolute() else Path.home() / ".cache") / "lablib"
+
+
+def notebooks() -> list[Path]:
+    """The labs' files, sorted; what Jupyter keeps beside them in hidden folders is none."""
+    labs = project_dir() / "labs"
+    found = (path.relative_to(labs) for path in labs.rglob("*.ipynb"))
+    return sorted(labs / path for path in found if not any(p.startswith(".") for p in path.parts))

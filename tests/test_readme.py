@@ -9,7 +9,7 @@ import pytest
 from lablib import cli
 from lablib.lab.open import command
 from lablib.papers import tomllib
-from lablib.paths import project_dir
+from lablib.paths import notebooks, project_dir
 
 ROOT = project_dir()
 README = (ROOT / "README.md").read_text("utf-8")
@@ -33,7 +33,7 @@ def test_every_command_named_parses(line):
 def test_addresses_come_from_one_place():
     address = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"]
     owner = address["Repository"].removeprefix("https://github.com/")
-    texts = [README, *(path.read_text("utf-8") for path in ROOT.glob("labs/**/*.ipynb"))]
+    texts = [README, *(path.read_text("utf-8") for path in notebooks())]
     for text in texts:
         for kind in (r"/github/([\w.-]+/[\w.-]+)/blob", r"/v2/gh/([\w.-]+/[\w.-]+)/main"):
             assert set(re.findall(kind, text)) <= {owner}

@@ -6,7 +6,7 @@ import pytest
 from choice import chosen
 from driving import ERRORS, make_guess, move_all, open_lab, run_all, shoot, shoot_all
 
-from lablib.paths import project_dir
+from lablib.paths import notebooks, project_dir
 
 ROOT = project_dir()
 
@@ -32,6 +32,6 @@ def test_a_lab_runs_and_each_control_moves_its_figure(lab, jupyter, page):
 
 
 def test_every_lab_that_is_there_can_be_driven():
-    found = {path.name for path in (ROOT / "labs").rglob("*.ipynb")}
+    found = {path.name for path in notebooks()}
     known = {path.name for path in chosen({"ALL": "1"})}
     assert found == known, json.dumps(sorted(found ^ known))

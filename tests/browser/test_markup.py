@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from driving import ERRORS, make_guess, menu, open_lab, run_all, shoot_all
 
-from lablib.paths import project_dir
+from lablib.paths import notebooks, project_dir
 
 pytestmark = pytest.mark.browser
 
@@ -150,7 +150,7 @@ def test_markup_runs_where_nothing_escapes_it(jupyter, page):
 
 def typed_into():
     """The labs with a text box in an explorer; a third of them unless ALL=1."""
-    labs = sorted(path for path in (ROOT / "labs").rglob("*.ipynb") if _has_text_box(path))
+    labs = [path for path in notebooks() if _has_text_box(path)]
     return labs if os.environ.get("ALL") == "1" else labs[::3]
 
 

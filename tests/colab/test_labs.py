@@ -7,11 +7,11 @@ import json
 import nbformat
 import pytest
 
-from lablib.paths import project_dir
+from lablib.paths import notebooks, project_dir
 
 pytestmark = pytest.mark.colab
 
-LABS = sorted((project_dir() / "labs").rglob("*.ipynb"))
+LABS = notebooks()
 # In a namespace of its own: the lab's functions look up theirs.
 PROBE = f"import runpy; runpy.run_path({str(project_dir() / 'tests/colab/probe.py')!r})"
 VIEW = "application/vnd.jupyter.widget-view+json"

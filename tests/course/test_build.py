@@ -10,10 +10,10 @@ import pytest
 from lablib.course import build
 from lablib.evidence.coverage import points
 from lablib.papers import papers
-from lablib.paths import project_dir
+from lablib.paths import notebooks, project_dir
 
 ROOT = project_dir()
-LABS = sorted((ROOT / "labs").rglob("*.ipynb"))
+LABS = notebooks()
 
 
 def test_labs_and_themes_are_chosen_once_and_in_order():

@@ -11,9 +11,9 @@ import pytest
 from lablib.lab import channels, figures, saying
 from lablib.lab.alternatives import MOST, NAME, alternative, carrying
 from lablib.lab.veil import is_veiled
-from lablib.paths import project_dir
+from lablib.paths import notebooks
 
-LABS = sorted((project_dir() / "labs").rglob("*.ipynb"))
+LABS = notebooks()
 
 
 def told(fig, alt=""):

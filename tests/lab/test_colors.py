@@ -9,7 +9,7 @@ import plotly.colors
 import pytest
 
 from lablib.lab import paint
-from lablib.paths import project_dir
+from lablib.paths import notebooks
 
 # Machado, Oliveira and Fernandes (2009), table 1, severity 1: linear RGB as it is seen.
 SEEN = {
@@ -88,7 +88,7 @@ def test_a_painted_word_has_lines_of_its_own_beside_its_color():
 
 def painted():
     """For each stored text that is painted: the lab and its opaque colors."""
-    for path in sorted((project_dir() / "labs").rglob("*.ipynb")):
+    for path in notebooks():
         for cell in json.loads(path.read_text("utf-8"))["cells"]:
             for output in cell.get("outputs", []):
                 page = "".join(output.get("data", {}).get("text/html", ""))
@@ -109,7 +109,7 @@ def scales():
     """The color scales of the labs' stored figures and of the template, each as a row of colors."""
     found = {"template": plotly.colors.get_colorscale("Viridis")}
     found["template, diverging"] = plotly.colors.get_colorscale("RdBu")
-    for path in sorted((project_dir() / "labs").rglob("*.ipynb")):
+    for path in notebooks():
         for cell in json.loads(path.read_text("utf-8"))["cells"]:
             for output in cell.get("outputs", []):
                 plot = output.get("data", {}).get("application/vnd.plotly.v1+json", {})

@@ -9,9 +9,9 @@ import pytest
 from lablib.lab import explore, explorer, figures, predict, veil
 from lablib.lab.alternatives import NAME
 from lablib.lab.veil import HIDDEN, is_veiled, veiled
-from lablib.paths import project_dir
+from lablib.paths import notebooks
 
-LABS = sorted((project_dir() / "labs").rglob("*.ipynb"))
+LABS = notebooks()
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 from lablib.evidence import tiers
 from lablib.evidence.coverage import State
 from lablib.papers import papers
-from lablib.paths import project_dir
+from lablib.paths import notebooks
 
-LABS = sorted((project_dir() / "labs").rglob("*.ipynb"))
+LABS = notebooks()
 PAPER_LABS = [row for row in papers() if row.present]
 
 

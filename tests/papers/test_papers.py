@@ -7,7 +7,7 @@ import pytest
 
 from lablib.cli import main
 from lablib.papers import Claim, UnknownPaper, nearest, paper, papers, themes
-from lablib.paths import PACKAGE, project_dir
+from lablib.paths import PACKAGE, notebooks, project_dir
 
 PRESENT = [row for row in papers() if row.present]
 
@@ -57,7 +57,10 @@ def test_no_file_belongs_to_no_paper():
     shared = {PACKAGE / path for path in imported_by(sources)}
     places = [PACKAGE / theme for theme in themes()] + [PACKAGE / "studies", PACKAGE / "exercises"]
     files = [path for place in places for path in place.glob("*.py")]
-    files += [*(root / "labs").glob("*/*.ipynb"), *(root / "data/results").glob("*.json")]
+    files += [
+        *(path for path in notebooks() if path.parent != root / "labs"),
+        *(root / "data/results").glob("*.json"),
+    ]
     files += (root / "data/studies").glob("*.jsonl")
     commons = [path for path in shared if path.parent == PACKAGE / "studies"]
     expected |= {root / f"data/studies/{path.stem.replace('_', '-')}.jsonl" for path in commons}
@@ -69,7 +72,7 @@ def test_no_file_belongs_to_no_paper():
 def imported_by(paths):
     """Modules of lablib that these files, the present labs, or what they import, import."""
     waiting, done = [path.read_text("utf-8") for path in paths], set()
-    waiting += [notebook_code(path) for path in (project_dir() / "labs").rglob("*.ipynb")]
+    waiting += [notebook_code(path) for path in notebooks()]
     while waiting:
         for name in imports(waiting.pop()):
             path = name.replace(".", "/").removeprefix("lablib/") + ".py"
@@ -174,3 +177,13 @@ def test_importing_lablib_is_light():
     ran = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
     seconds, torch = ran.stdout.split()
     assert float(seconds) < 0.3 and torch == "False"
+
+
+def test_what_jupyter_keeps_beside_a_lab_is_no_lab(tmp_path, monkeypatch):
+    monkeypatch.setattr("lablib.paths.project_dir", lambda: tmp_path)
+    kept = [tmp_path / "labs" / place for place in ("00-a.ipynb", "03-b/301-c.ipynb")]
+    for path in kept:
+        for file in (path, path.parent / ".ipynb_checkpoints" / f"{path.stem}-checkpoint.ipynb"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("{}")
+    assert notebooks() == kept

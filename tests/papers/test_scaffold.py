@@ -6,9 +6,9 @@ import nbformat
 import pytest
 
 from lablib.papers import paper, papers, scaffold
-from lablib.paths import project_dir
+from lablib.paths import notebooks, project_dir
 
-LABS = sorted((project_dir() / "labs").rglob("*.ipynb"))
+LABS = notebooks()
 PRESENT = [row for row in papers() if row.present]
 
 
