@@ -351,6 +351,7 @@ ROLES = {
     "speed": _seconds("int4", "float32"),
     "speed-8": _seconds("int8", "float32"),
     "fused": _seconds("fused_int4", "bfloat16", "float32"),
+    # No control is stored: groups of as many weights that are no neighbours.
     "people": {"method": "people_3_32", "baseline": "people_3_row", "control": None},
     "search": {"method": "search_3_32", "baseline": "search_3_row", "control": None},
 }
