@@ -33,7 +33,9 @@ class Leaf:
     """A method of the survey's tree. path: from the root; where: "module:function", or None.
 
     needs: "nothing" beside the weights, "text" to read, or "training", which the survey calls
-    tuning and finds dear for large models.
+    tuning. large: whether "real" large models can have it, or medium ones alone: the survey's two
+    reasons are that tuning all of a large model is too dear, and that it must stay good at
+    everything. Which leaf that leaves out is our reading of its abstract.
     """
 
     name: str
@@ -42,7 +44,13 @@ class Leaf:
     where: str | None = None
     needs: str = "nothing"
 
+    @property
+    def large(self) -> bool:
+        """Not what tunes the whole model: but for what large ones are born with, or buy."""
+        return self.needs != "training" or self.name in LARGE
 
+
+LARGE = ("black box", "cheaper attention", "mixture of experts")
 TAXONOMY = (
     Leaf("weights alone, rounded", ("quantization", "post-training"),
          "Each weight goes to the nearest level; nothing is trained.",
@@ -254,6 +262,11 @@ def narrow(model, rows, keep: float, blocks: int | None = None) -> nn.Module:
     keep: of the parameters of the blocks. That share of the groups of heads stays, rounded, at
         least one, and as many neurons as then make up the share. blocks: how many stay.
     """
+    return sliced(model, narrower(model, rows, keep, blocks))
+
+
+def narrower(model, rows, keep: float, blocks: int | None = None) -> Keep:
+    """What stays where a model is made `narrow`."""
     from lablib.compression.flexigpt import block_influence
 
     size = sizes(model)
@@ -271,7 +284,22 @@ def narrow(model, rows, keep: float, blocks: int | None = None) -> nn.Module:
         heads.append([int(g) * per_group + k for g in best for k in range(per_group)])
     for score in importance.of_neurons(model, rows):
         neurons.append(score.topk(n_neurons).indices.sort().values.tolist())
-    return sliced(model, Keep(blocks=chosen, heads=heads, neurons=neurons))
+    return Keep(blocks=chosen, heads=heads, neurons=neurons)
+
+
+def emptied(model, rows, keep: float, steps: int, rate: float, weight: float = 1e-2,
+            phase: float = 0.75, batch: int = 8, calibration: int = 64) -> nn.Module:  # fmt: skip
+    """`narrow`, then `tuned`, but what will go is driven to zero before it is cut (lab 803).
+
+    phase: share of the steps that come before the cut; weight: of the penalty there. What goes is
+    chosen on the first `calibration` of the rows.
+    """
+    from lablib.compression import dress
+
+    stays = narrower(model, rows[:calibration], keep)
+    before = round(phase * steps)
+    dress.empty(model, rows, stays, steps, rate, before, weight, batch=batch, seed=None)
+    return sliced(model, stays)
 
 
 def tuned(model, rows, steps: int, rate: float, batch: int = 8) -> nn.Module:
@@ -322,6 +350,7 @@ STEPS: Mapping[str, Callable[..., nn.Module]] = {
     "2:4": two_of_four,
     "2:4, moved": two_of_four_moved,
     "narrow": narrow,
+    "empty": emptied,
     "tune": tuned,
     "teach": taught,
     "imitate": imitating,
@@ -348,7 +377,7 @@ def compress(
         if name not in STEPS:
             raise ValueError(f"{name!r} is none of {', '.join(STEPS)}")
         teaches = {"teacher": model} if name in ("teach", "imitate") else {}
-        learns = name in ("tune", "teach", "imitate")
+        learns = name in ("empty", "tune", "teach", "imitate")
         small = STEPS[name](small, rows if learns else rows[:calibration], **options, **teaches)
     if budget is not None and (bits := bits_a_weight(small, model)) > budget:
         raise ValueError(f"this recipe stores {bits:.2f} bits a weight, more than {budget:g}")

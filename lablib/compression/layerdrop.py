@@ -131,6 +131,47 @@ def optimal_rate(n_keep: int, n_layers: int) -> float:
     return 1 - n_keep / n_layers
 
 
+class DataDrivenRates(nn.Module):
+    """A rate for each block that is learned, by what the block adds; their mean is fixed.
+
+    rate: the mean. Source: section 3.2.2, "data driven pruning": a rate is a non-linear function of
+    its layer's activation, then a softmax. The function, and how gradients reach it, are ours.
+    Raises ValueError for a mean at which a block's rate could be above 1.
+    """
+
+    def __init__(self, n_layers: int, dim: int, rate: float, width: int = 16):
+        super().__init__()
+        if not 0 <= rate <= 1 - 1 / n_layers:
+            raise ValueError(f"{n_layers} blocks can have a mean rate up to {1 - 1 / n_layers:g}")
+        self.rate = rate
+        layers = (nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, 1))
+        self.score = nn.ModuleList(copy.deepcopy(nn.Sequential(*layers)) for _ in range(n_layers))
+
+    def shares(self, added: Tensor) -> Tensor:
+        """added: (n_layers, dim), what each adds, a mean over tokens -> (n_layers,), sum 1."""
+        scores = [score(x) for score, x in zip(self.score, added, strict=True)]
+        return torch.cat(scores).softmax(0)
+
+    def forward(self, added: Tensor) -> Tensor:
+        """The rates (n_layers,), lowest for the largest share: for `LayerDrop.rates`."""
+        # p_d = p N (1 - a_d) / (N - 1), whose mean is p, since the shares a_d sum to 1
+        n = len(self.score)
+        return self.rate * n * (1 - self.shares(added)) / (n - 1)
+
+    def keep(self, added: Tensor, n_keep: int) -> list[int]:
+        """The fixed blocks that run in use: those of the largest shares, in order."""
+        return self.shares(added).topk(n_keep).indices.sort().values.tolist()
+
+
+def gated(x: Tensor, y: Tensor, rate: Tensor) -> Tensor:
+    """What a block made of x, y, with a gradient to its rate: as if it had run by its chance.
+
+    The value is y; straight through, d y' / d (1 - rate) is what the block added, y - x.
+    """
+    chance = 1 - rate
+    return x + (1 + chance - chance.detach()) * (y - x)
+
+
 def search_on_valid(
     model: nn.Module, n_keep: int, rows: Tensor, most: int = 70, beam: int = 4
 ) -> tuple[list[int], float]:

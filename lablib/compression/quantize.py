@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lablib.kernels import dequant_matmul
-from lablib.kernels.dequant_matmul import naive
+from lablib.kernels.dequant_matmul import naive, one_token
 from lablib.models import anatomy
 
 TINY = 1e-12  # in the place of a scale of 0: a group of zeros
@@ -99,10 +99,14 @@ class QuantizedWeight:
             self.packed, self._each(self.scale), self.zero, self.bits, self.size, self.group
         )
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out), by `dequant_matmul`."""
+    def matmul(self, x: Tensor, turned: one_token.Turned | None = None) -> Tensor:
+        """x (..., in) -> (..., out), by `dequant_matmul`; turned: what `turn` gave."""
         scale = self._each(self.scale)
-        return dequant_matmul(x, self.packed, scale, self.zero, self.bits, self.group)
+        return dequant_matmul(x, self.packed, scale, self.zero, self.bits, self.group, turned)
+
+    def turn(self) -> one_token.Turned:
+        """The same once more, as one token on CPU reads it fastest."""
+        return one_token.turn(self.packed, self._each(self.scale), self.zero, self.bits, self.size)
 
     def stored_bytes(self) -> int:
         """Of codes, scales and zeros."""
@@ -188,7 +192,11 @@ def _range(weight: Tensor, width: int, ignore: Tensor | None) -> tuple[Tensor, T
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer whose weight stays in few bits; gradients reach its input alone."""
+    """A linear layer whose weight stays in few bits; gradients reach its input alone.
+
+    On CPU the first token that comes alone, as in writing, has the codes laid out a second time;
+    that copy is kept in memory and in no file.
+    """
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None):
         super().__init__()
@@ -198,6 +206,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zero", weight.zero)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self._turned: one_token.Turned | None = None
 
     @property
     def quantized(self) -> QuantizedWeight:
@@ -207,8 +216,18 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
-        out = self.quantized.matmul(x)
+        if self._turned is None and one_token.fits(x):
+            self._turned = self.quantized.turn()
+        out = self.quantized.matmul(x, self._turned)
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def _apply(self, *args, **kwargs):
+        self._turned = None  # buffers move, or change
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._turned = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """What print shows."""

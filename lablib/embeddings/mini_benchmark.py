@@ -180,19 +180,19 @@ def _paraphrase(n: int, draw: np.random.Generator) -> Drawn:
 ENG, NEWS, CODE, BIBLE = ("eng",), ("news",), ("code",), ("religious",)
 DOCS, WORD = ("software",), ("dictionary",)
 FIRST = ("recall@1", 1)  # with one right answer, the accuracy
-_TASKS = (  # and what draws it
-    (Task("sts-b", "STS", ENG, NEWS), _sts_b),
-    (Task("lee", "STS", ENG, NEWS), _lee),
-    (Task("wordsim", "STS", ENG, WORD), _wordsim),
-    (Task("headings", "Retrieval", ENG, DOCS), _pairs("headings", "ndcg@10")),
+_TASKS = (  # with how many pairs or texts it draws from, and what draws it
+    (Task("sts-b", "STS", ENG, NEWS, 1378), _sts_b),
+    (Task("lee", "STS", ENG, NEWS, 50), _lee),
+    (Task("wordsim", "STS", ENG, WORD, 353), _wordsim),
+    (Task("headings", "Retrieval", ENG, DOCS, 1062), _pairs("headings", "ndcg@10")),
     (Task("docstrings", "Code retrieval", ENG, CODE), _pairs("docstrings", "ndcg@10")),
-    (Task("next verse", "Reranking", ENG, BIBLE), _next_verse),
-    (Task("messages-fr", "Bitext mining", ("eng", "fra"), DOCS), _pairs("messages-fr", *FIRST)),
-    (Task("names-ru", "Bitext mining", ("eng", "rus"), WORD), _pairs("names-ru", *FIRST)),
-    (Task("kinds-fr", "Classification", ("eng", "fra"), WORD), _kinds),
-    (Task("polarity", "Classification", ENG, ("reviews",)), _polarity),
-    (Task("sections", "Clustering", ENG, DOCS), _sections),
-    (Task("paraphrase", "Pair classification", ENG, NEWS), _paraphrase),
+    (Task("next verse", "Reranking", ENG, BIBLE, 4564), _next_verse),
+    (Task("messages-fr", "Bitext mining", ("eng", "fra"), DOCS, 74), _pairs("messages-fr", *FIRST)),
+    (Task("names-ru", "Bitext mining", ("eng", "rus"), WORD, 265), _pairs("names-ru", *FIRST)),
+    (Task("kinds-fr", "Classification", ("eng", "fra"), WORD, 294), _kinds),
+    (Task("polarity", "Classification", ENG, ("reviews",), 200), _polarity),
+    (Task("sections", "Clustering", ENG, DOCS, 973), _sections),
+    (Task("paraphrase", "Pair classification", ENG, NEWS, 839), _paraphrase),
 )
 MINI = Benchmark("mini", tuple(task for task, _ in _TASKS))
 

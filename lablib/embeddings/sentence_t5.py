@@ -236,9 +236,13 @@ def byte_config(dim: int, n_layers: int = 2) -> T5Config:
 
 
 def vectors(model: SentenceT5, encoded: Encoded, budget: int = 2048) -> Tensor:
-    """(n, dim), differentiable; texts of like length share a batch, padding included in budget."""
-    parts = batches(encoded.mask.sum(1).tolist(), budget)
-    made = torch.cat([model(encoded.at(places)) for places in parts])
+    """(n, dim), differentiable; texts of like length share a batch, padding included in budget.
+
+    Computed where the model lies, and left there.
+    """
+    device, parts = next(model.parameters()).device, batches(encoded.mask.sum(1).tolist(), budget)
+    moved = [Encoded(*(part.to(device) for part in encoded.at(places))) for places in parts]
+    made = torch.cat([model(part) for part in moved])
     order = torch.tensor([place for places in parts for place in places])
     return made[order.argsort()]
 

@@ -28,6 +28,7 @@ def train(
     temperature: float = 0.05,
     symmetric: bool = True,
     trainable: str | Collection[str] = "all",
+    rank: int = 8,
     seed: int = 0,
     loss: Loss | None = None,
     second: Encoder | None = None,
@@ -37,7 +38,7 @@ def train(
     pairs: texts (a, b), or (a, b, c) with a hard negative. Which of them a step sees follows from
         the seed alone. loss: of the vectors, a (n, dim), b and, where there is one, c; None is
         `info_nce` at this temperature. second: the encoder of b and c, over the same model, such
-        as one with another prompt; None is the first. trainable: as of `recover`.
+        as one with another prompt; None is the first. trainable, rank: as of `recover`.
     Raises ValueError without pairs, for rows of other than two or three texts or of mixed lengths,
     and for a second encoder over another model.
     """
@@ -55,7 +56,7 @@ def train(
         return loss(*_vectors([encoder] + [second] * len(others), sides, places))
 
     rows = torch.arange(len(pairs))[:, None]
-    options = {"batch": batch, "seed": seed, "trainable": trainable}
+    options = {"batch": batch, "seed": seed, "trainable": trainable, "rank": rank}
     return recover(encoder.model, rows, steps, rate, loss=batch_loss, **options)
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from lablib.exercises import Exercise, expect
+from lablib.exercises import Exercise, Wrong, expect
 
 
 def _leak(down, hidden, goes):
@@ -130,4 +130,56 @@ steps_to_empty = Exercise(
     hint="Pull by a fixed amount, stop at zero; pull by a share, and what is left?",
     minutes=6,
     difficulty="easy",
+)
+
+
+def _smallest_weight(leak_of, weights):
+    low, high = 0, len(weights) - 1  # the answer lies between
+    while low < high:
+        middle = (low + high) // 2
+        if leak_of(weights[middle]) < 0.01:
+            high = middle
+        else:
+            low = middle + 1
+    return weights[low]
+
+
+def _test_smallest_weight(candidate) -> None:
+    """Leaks that fall with the weight, as a training would find them; each call counts."""
+    for _ in range(4):
+        n = int(np.random.randint(20, 60))
+        weights = [round(10 ** (-5 + 4 * place / n), 7) for place in range(n)]
+        place = int(np.random.randint(2, n - 2))  # the first with a leak below 1 %
+        leaks = np.sort(np.random.uniform(0.011, 0.5, place))[::-1].tolist()
+        leaks += np.sort(np.random.uniform(0.0, 0.0099, n - place))[::-1].tolist()
+        asked = []
+
+        def leak_of(weight, weights=weights, leaks=leaks, asked=asked):
+            asked.append(weight)
+            if weight not in weights:
+                raise Wrong(f"{weight} is none of `weights`")
+            return leaks[weights.index(weight)]
+
+        found = candidate(leak_of, weights)
+        known = [
+            (weights[place - 1], "that one still leaks 1 % or more"),
+            (weights[-1], "a smaller weight is enough, and leaves the text more"),
+            (weights[0], "the leak is a share: 1 % is 0.01"),
+        ]
+        expect(found, weights[place], "the first of them with a leak below 0.01", known=known)
+        most = math.ceil(math.log2(n)) + 1
+        if len(asked) > most:
+            raise Wrong(
+                f"{len(asked)} trainings for {n} weights; {most} are enough: a larger weight never "
+                "leaks more, so look in the middle"
+            )
+
+
+smallest_weight = Exercise(
+    reference=_smallest_weight,
+    test=_test_smallest_weight,
+    question="Leaks of real trainings rise and fall by luck. What does your search do then?",
+    hint="Is the one in the middle enough? Then the answer is there or before it; else after it.",
+    minutes=12,
+    difficulty="medium",
 )

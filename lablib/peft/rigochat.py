@@ -204,6 +204,13 @@ def split(rows: Sequence, held_out: int, seed: int) -> tuple[list, list]:
     return [rows[i] for i in order[held_out:]], [rows[i] for i in order[:held_out]]
 
 
+def answer(model: GPT, tokenizer, message: str, n: int = 12) -> str:
+    """What a model puts a message into, the most probable token at each place, on one line."""
+    ids = tokenizer.encode(prompt_of(" ".join(message.split())))
+    new = model.generate(ids, n, greedy=True)[len(ids) :]
+    return tokenizer.decode(new).strip().partition("\n")[0]
+
+
 # A judge that needs no network.
 
 

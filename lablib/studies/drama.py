@@ -12,6 +12,9 @@ any rate. The best single source was named on that seed, too, with each source a
 Queries that SmolLM2 wrote are kept where MiniLM finds their text among the first three; most that
 repeat the prompt's example, whatever the text, are thrown away so.
 
+Sources are put together, too, with as many pairs of each as there are alone, so that two have twice
+as many; all at the rate of the mixture. That is for looking at, and no claim is judged on it.
+
 Smaller than the specification has it, for time: tiny-1m instead of tiny-4m, 60 steps, a few hundred
 labels, one tuning seed, texts of 40 words. Of the paper's masks, which are learned, sizes of
 weights are left; heads and width stay.
@@ -20,7 +23,9 @@ weights are left; heads and width stay.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -38,6 +43,7 @@ SUPERVISED, EQUAL = 150, 40  # pairs: of the small set, and of each mixture at e
 HELD_OUT = 120  # queries of each collection, and as many texts
 COLLECTIONS = ("headings", "docstrings", "verses")
 OTHERS = ("headings", "verses")  # than what people's pairs are of
+SHOWN = (*COLLECTIONS, "mean")
 LARGE = "tiny-1m"
 SHAPE = drama.Shape(blocks=2, heads=4, neurons=176, channels=128)
 AUGMENTED = dict.fromkeys(drama.SOURCES[1:])  # all of each
@@ -62,7 +68,8 @@ def run(
 ) -> dict:
     """One mixture, or every one, or what the large models say of the texts.
 
-    mixture: of MIXTURES, or "every" of them, or "labels". rate: None is the one that the mixture
+    mixture: of MIXTURES, or "every" of them, or "labels"; or "together", sources put together, the
+        rate given. rate: None is the one that the mixture
         was tuned to; attempt: which of GRID instead. Seeds from 100 on are judged on documents for
         validation.
     nDCG@10 of each collection in %, their mean, that of OTHERS, the mean of vectors cut to the
@@ -72,6 +79,8 @@ def run(
     if mixture == "labels":
         return {"labels": drama.plain(drama.ask())}
     held = judged(seed, held_out)
+    if mixture == "together":
+        return put_together(seed, rate, steps, healing, held)
     if mixture != "every":
         return trained(mixture, seed, rate_of(mixture, rate, attempt), steps, healing, held)
     told = {f"before {key}": n for key, n in scores(student(healing), held).items()}
@@ -90,10 +99,38 @@ def rate_of(mixture: str, rate: float | None, attempt: int | None) -> float:
 
 def trained(mixture: str, seed: int, rate: float, steps: int, healing: int, held: dict) -> dict:
     """Start, learn from the mixture, be judged."""
-    model = student(healing, seed if mixture == "random start" else None)
-    triples = drama.mixture(MIXTURES[mixture], seed)
+    start = seed if mixture == "random start" else None
+    model, pairs = taught(MIXTURES[mixture], seed, rate, steps, healing, start)
+    return scores(model, held) | {"pairs": pairs}
+
+
+def put_together(seed: int, rate: float, steps: int, healing: int, held: dict) -> dict:
+    """Two sources or more, EQUAL pairs of each: nDCG as "crop+synthetic headings" and so on."""
+    told = {}
+    for n in range(2, 1 + len(drama.SOURCES)):
+        for chosen in combinations(drama.SOURCES, n):
+            model, _ = taught(dict.fromkeys(chosen, EQUAL), seed, rate, steps, healing)
+            name, found = "+".join(chosen), scores(model, held)
+            told |= {f"{name} {key}": round(found[key], 4) for key in SHOWN}
+    return told
+
+
+def taught(
+    counts: Mapping[str, int | None],
+    seed: int,
+    rate: float,
+    steps: int = STEPS,
+    healing: int = HEALING,
+    start: int | None = None,
+) -> tuple[nn.Module, int]:
+    """A student that has learned from so many pairs of each source, and how many there were.
+
+    start: the seed of a random one; None is the cut one.
+    """
+    model = student(healing, start)
+    triples = drama.mixture(counts, seed)
     drama.fit(model, tokens_of(), triples, steps, rate, DIMS, batch=BATCH, seed=seed)
-    return scores(model, held) | {"pairs": len(triples)}
+    return model, len(triples)
 
 
 @lru_cache(maxsize=1)
@@ -162,6 +199,7 @@ BEST_SINGLE = "synthetic"  # on the tuning seed
 SEEDS = range(5)
 POINTS = [{"mixture": "crop", "seed": 0}]
 POINTS += [{"mixture": "every", "seed": seed} for seed in SEEDS]
+POINTS += [{"mixture": "together", "seed": seed, "rate": TUNED["mixed"]} for seed in SEEDS]
 TUNING = [{"mixture": "labels", "seed": 100}]
 TUNING += [{"mixture": "every", "seed": 100, "attempt": attempt} for attempt in range(len(GRID))]
 CANARY = {
@@ -182,6 +220,16 @@ ROLES = {
         "control": "crop mean",  # another single source
     },
 }
+
+
+def mixed_of(runs: list, sources: Sequence[str]) -> dict[str, list[float]]:
+    """nDCG of SHOWN, a value a seed, with EQUAL pairs of each of these SOURCES.
+
+    Without any it is the student before it learns to retrieve.
+    """
+    name = "+".join(source for source in drama.SOURCES if source in sources) or "before"
+    rows = matching(runs, mixture="together" if "+" in name else "every")
+    return {key: [run[f"{name} {key}"] for run in rows] for key in SHOWN}
 
 
 def values(runs: list) -> dict:

@@ -35,7 +35,7 @@ from lablib.compression.calibration import token_losses
 from lablib.compression.structures import Keep, flops_per_token, masked, sliced
 from lablib.data import load
 from lablib.evidence import Pair, grid, paired
-from lablib.models import pretrained
+from lablib.models import anatomy, pretrained
 from lablib.training.checkpoints import corpora
 
 LENGTH = 64  # tokens of a window
@@ -111,6 +111,34 @@ def as_dear(model: nn.Module, keep: Keep, phase: int, steps: int) -> int:
 def loss(model: nn.Module, rows: Tensor) -> float:
     """Nats a token."""
     return token_losses(model, rows, batch=32).double().mean().item()
+
+
+def both_orders(
+    model: nn.Module, seen: Tensor, unseen: Tensor, blocks: int, steps: int, rate: float
+) -> dict[str, float]:
+    """Half of the neurons of a model's last blocks emptied, cut, tuned; or cut, then tuned.
+
+    seen: (n, length + 1), to choose by and to train on; unseen: to judge by. blocks: how many. All
+    of their feed-forward matrices train and nothing else, half of the steps come before the cut,
+    and the penalty is a step of its own. Losses at the end, nats a token, and of the whole model as
+    it was, which it is again afterwards.
+    """
+    chosen = dress.choose(model, seen[:4], 0.5)
+    first = len(chosen.neurons) - blocks
+    keep = Keep(neurons=[n if at >= first else None for at, n in enumerate(chosen.neurons)])
+    roles = ("gate", "up", "down")
+    layers = [list(anatomy.projections(model, role))[first:] for role in roles]
+    names = [f"{name}.weight" for role in layers for name in role]
+    kept = {name: model.get_parameter(name).detach().clone() for name in names}
+    found = {"whole": loss(model, unseen)}
+    for word, phase in (("emptied, cut, tuned", steps // 2), ("cut, tuned", 0)):
+        how = {"trainable": names, "batch": 2, "decoupled": True}
+        dress.empty(model, seen, keep, steps, rate, phase, 500.0 if phase else 0.0, **how)
+        found[word] = loss(model, unseen)
+        with torch.no_grad():
+            for name, weight in kept.items():
+                model.get_parameter(name).copy_(weight)
+    return found
 
 
 def windows(model: str, seed: int, rows: int, text: str) -> tuple[Tensor, Tensor]:

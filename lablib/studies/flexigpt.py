@@ -59,6 +59,7 @@ def run(
     metric: str = "paper",
     rows: int = 32,
     batch: int = 4,
+    device: str = "cpu",
 ) -> dict:
     """One point. start, loss: nats a token before and after training.
 
@@ -66,7 +67,7 @@ def run(
         "lora", the block dropped and the rest adapted; "base", nothing removed and all trained;
         "longer", the same with blocks repeated. "real" scores SmolLM2 untrained, "map" compares its
         blocks' weights.
-    gamma: what gains start at. rank: of thin matrices. rows: of held-out text.
+    gamma: what gains start at. rank: of thin matrices. rows: of held-out text. device: that trains.
     """
     if kind == "map":
         return mapped(model, rank, metric)
@@ -78,6 +79,7 @@ def run(
     learner = copy.deepcopy(whole(model))
     torch.manual_seed(seed)
     trainable = prepared(learner, kind, model, gone, rank, gamma)
+    learner, train = learner.to(device), train.to(device)
     thin = lora_rank(model, rank)
     options = {"batch": batch, "trainable": trainable, "seed": seed, "rank": thin}
     with flexigpt.without(learner, gone if kind == "lora" else []):

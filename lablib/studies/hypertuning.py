@@ -11,7 +11,8 @@ Hyperpretraining needs no labels. MiniLM has no head for words, so the paper's o
 question of two classes: of two stretches of other text, each cut into A, B, C and D, H sees A and
 D, and the frozen model must tell whose B and C it reads.
 
-Smaller than the specification has it, for time: pieces of a few words, a short training, few seeds.
+Smaller than the specification has it, for time: pieces of a few words, a short training, few seeds;
+H has two blocks, and the lab's decoder is `tiny-1m` in the place of `tiny-4m`.
 Rates were tuned on one other seed with half the steps, three tries for each kind; a smaller rate of
 the shared adapter, tried before, was worse. That of hyperpretraining was fixed beforehand. Tried
 first, with a single layer in place of the last block: with every weight of H drawn at random it

@@ -8,6 +8,9 @@ single task. "best models" are the best quarter of those ranked. On the splits t
 fixed on, "error" was as good as chance, "predictable" worse. Splits share their models, so an
 interval tells how much it matters which models choose, not how other models would be ranked.
 
+"sizes" is the same with fewer tasks, two sizes of which the smaller is one task of each type, so
+that the rule has no choice but which; no claim is judged on it.
+
 "hard": verses of one translation are looked up in another, by twelve encoders. A tenth of the
 corpus is kept, the relevant verses and others: what three of the encoders rank first, or verses at
 random. The first corpora were larger and had more queries a draw; then encoding took too long.
@@ -33,6 +36,7 @@ from lablib.models import pretrained
 from lablib.models.classifier import encoder
 
 ENOUGH = 0.95  # of a rank correlation
+FEWER = (10, 7)  # tasks that are kept, of 41 of seven types
 RANDOM = 50  # random choices of tasks a split
 DRAWS, QUERIES = 8, 15  # of a corpus
 SHARE = 0.1  # of a corpus that is kept
@@ -47,9 +51,10 @@ def run(
 ) -> dict:
     """One split, one corpus, or some families' columns.
 
-    kind: "split", "hard", "bench"; "cuts", a corpus and four splits, in lists; or "canary", a
-    little of each. keep: tasks of 41. documents: of a corpus. family: of FAMILIES, joined by plus
-    signs. size: of the mini-benchmark's tasks.
+    kind: "split", "hard", "bench"; "cuts", a corpus and four splits, in lists; "sizes", as many
+    splits as "cuts" have in all, of FEWER tasks; or "canary", a little of each. keep: tasks of 41.
+    documents: of a corpus. family: of FAMILIES, joined by plus signs. size: of the mini-benchmark's
+    tasks.
     """
     if kind == "split":
         return split(seed, keep)
@@ -58,6 +63,8 @@ def run(
     if kind == "cuts":
         rows = [split(number, keep) for number in numbers(seed)]
         return {key: [row[key] for row in rows] for key in rows[0]} | hard(seed, documents)
+    if kind == "sizes":
+        return sizes(range(seed, seed + 20))
     if kind == "canary":
         texts = collections.pairs("docstrings", "test")[:documents]
         told = one_draw(searched(*zip(*texts), some=SMALL), np.arange(2), np.random.default_rng(0))
@@ -77,6 +84,17 @@ def numbers(seed: int) -> range:
 
 
 # Tasks.
+
+
+def sizes(splits: Sequence[int]) -> dict[str, list[float]]:
+    """ "10 predictable", "10 random" and so on: a value a split, of FEWER tasks kept."""
+    told: dict[str, list[float]] = {}
+    for keep in FEWER:
+        for number in splits:
+            row = split(number, keep)
+            for key in ("predictable", "error", "random"):
+                told.setdefault(f"{keep} {key}", []).append(row[key])
+    return told
 
 
 def split(seed: int, keep: int) -> dict[str, float]:
@@ -245,6 +263,7 @@ ENCODERS = {
 }
 POINTS = [{"kind": "split", "seed": 20, "keep": 20}]
 POINTS += grid(kind="cuts", seed=range(5), documents=1000)
+POINTS += [{"kind": "sizes", "seed": 0}]
 POINTS += grid(kind="bench", seed=0, family=TOGETHER, size=30)
 TUNING = grid(kind="split", seed=range(100, 120)) + grid(kind="hard", seed=100, documents=1000)
 CANARY = {"kind": "canary", "seed": 200, "keep": 38, "documents": 40, "size": 10}

@@ -1,7 +1,7 @@
 """The study of compression by architecture search (2024): many models in one, or one at a time.
 
-`tiny-1m` and the documentation of Django, as in the study of DReSS, whose windows these are: a seed
-is an order of training windows, the first of which are the calibration text, a draw of
+`tiny-1m`, for time, and the documentation of Django, as in the study of DReSS, whose windows these
+are: a seed is an order of training windows, the first of which are the calibration text, a draw of
 sub-networks, and held-out documents, half of them to search on and half to judge on. Sub-networks
 have one to three blocks and, block by block, one or two key-value groups and a quarter to all of
 the neurons.

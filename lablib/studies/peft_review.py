@@ -18,8 +18,9 @@ What a training step of larger decoders would hold is counted, not trained; a se
 which is the same for all sizes. "memory" counts MiniLM's own step, without training, too: the first
 account was of each seed's shortest sentences, too short to tell of anything, and was counted anew.
 
-Smaller than the specification has it, for time: one task of three, batches of eight, one seed to
-tune on, five to judge on. The three methods of "comparable" are those that did best on the tuning
+Smaller than the specification has it, for time: one task of three and one depth of two at which
+states are computed once (thirteen trainings a seed for each), batches of eight, one seed to tune
+on, five to judge on. The three methods of "comparable" are those that did best on the tuning
 seed; the one of them that is worst on average is what is judged.
 """
 

@@ -274,6 +274,8 @@ ROLES = {  # None: the model before the training, the only control stored, is th
     "spanish-loss": {"method": "byte_loss", "baseline": "base_byte_loss", "control": None},
     "less-forgetting": {"method": LORA, "baseline": WHOLE, "control": None},
     "curated": {"method": CURATED, "baseline": LORA, "control": WHOLE},  # not curated either
+    # All weights, on pairs of all kinds, are not worse either, and that is no matter of curation.
+    "curated-near": {"method": CURATED, "baseline": LORA, "control": None},
     "quantized": {"method": "four_bits", "baseline": "least", "control": "base_accuracy"},
 }
 
@@ -282,10 +284,12 @@ def values(runs: list) -> dict:
     """What each claim is judged on: a pair a seed."""
     real, tiny = matching(runs, model=REAL), matching(runs, **LORA)
     made = {id: within(real, id) for id in ("spanish", "capabilities", "spanish-loss")}
+    curated = paired(runs, CURATED, LORA, "accuracy")
     return made | {
         "quantized": within(tiny, "quantized"),
         "less-forgetting": at_equal_preference(paired(runs, LORA, WHOLE, "trail")),
-        "curated": paired(runs, CURATED, LORA, "accuracy"),
+        "curated": curated,
+        "curated-near": [pair._replace(method=pair.method + LOST) for pair in curated],
     }
 
 

@@ -14,7 +14,8 @@ at the edge; prefixes, which like rates ten times as high, got two more. Full fi
 as have the heads of the small budget; what they are compared with has three.
 "kit" runs are for the lab's construction kit only: one seed, at the rate of the method that they
 differ least from, so they are no fair comparison, and no claim is judged on them.
-Smaller than it might be, for time: 150 steps, one kind of text, no translation. The paper trains
+Smaller than it might be, for time: 150 steps, two budgets (one of 2 % lies between them), one kind
+of text, and no translation, where every method would have to be tuned once more. The paper trains
 for 50,000 steps and more, and through an MLP where there is a prefix.
 """
 

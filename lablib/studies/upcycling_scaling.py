@@ -6,12 +6,13 @@ trained on (columns); beside them a mixture starts from scratch. The rate falls 
 root of the step everywhere, so that any step of a curve could have been the end: a row costs one
 dense snapshot and one training. A run is one or two rows of one seed's grid.
 
-Five dense lengths by four further ones, each twice the one before, at one width, where five by five
-at two were planned: that is five times the work, and two widths do not determine the three numbers
-of the law's part in sizes. Nothing is shorter than twice the warm-up.
+Five dense lengths by five further ones, each twice the one before, at two widths. None is shorter
+than twice the warm-up. The law's part in sizes, three numbers, is not fitted: two widths do not
+determine them. Each width has its own floor instead.
 
 Tuned on another seed, with as many tries each, before anything was judged: the rates of the dense
-training, of the upcycled one, and of the mixture from scratch.
+training, of the upcycled one, and of the mixture from scratch, for each width. At width 32 the
+longest column came later than the rest, on the same seeds, with nothing else changed.
 
 Runs store losses alone; the laws are fitted when claims are judged. Huber's delta is one percent:
 about the spread of a cell's loss over other seeds. With a tenth of it, Chinchilla's, most cells
@@ -35,8 +36,8 @@ from lablib.models import GPT, GPTConfig
 from lablib.scaling.fits import fit_joint_law, fit_sum_law
 from lablib.training import fit
 
-FURTHER = (100, 200, 400, 800)
-SCRATCH = (*FURTHER, 1600)
+FURTHER = (100, 200, 400, 800, 1600)
+SCRATCH = (*FURTHER, 3200)
 AT = 100  # further steps at which head starts are compared
 BATCH, LENGTH, WARMUP = 16, 64, 50
 
@@ -203,15 +204,21 @@ LAWS = {
 }
 
 SEEDS = range(10, 15)
-RATES = (5e-3, 1e-2, 2e-2, 4e-2)
-TUNED = {"lr": 1e-2, "upcycled_lr": 1e-2, "scratch_lr": 2e-2}
-AT_TUNING = {"dim": 32, "seed": 100}
+RATES = {32: (5e-3, 1e-2, 2e-2, 4e-2), 64: (2.5e-3, 5e-3, 1e-2, 2e-2)}  # by width
+TUNED = {
+    32: {"lr": 1e-2, "upcycled_lr": 1e-2, "scratch_lr": 2e-2},
+    64: {"lr": 1e-2, "upcycled_lr": 1e-2, "scratch_lr": 1e-2},
+}
 TUNING = [
-    *[AT_TUNING | {"dense": (800,), "scratch": (800,), "lr": r, "scratch_lr": r} for r in RATES],
-    *[
-        AT_TUNING | {"dense": (400,), "further": (400,), "lr": TUNED["lr"], "upcycled_lr": r}
-        for r in RATES
-    ],
+    {"dim": dim, "seed": 100} | tried
+    for dim, rates in RATES.items()
+    for tried in (
+        *[{"dense": (800,), "scratch": (800,), "lr": r, "scratch_lr": r} for r in rates],
+        *[
+            {"dense": (400,), "further": (400,), "lr": TUNED[dim]["lr"], "upcycled_lr": r}
+            for r in rates
+        ],
+    )
 ]
 PARTS = [  # of a seed: three runs of about equal length
     {"dense": (100, 200), "further": FURTHER, "scratch": ()},
@@ -219,35 +226,50 @@ PARTS = [  # of a seed: three runs of about equal length
     {"dense": (800, 1600), "further": FURTHER, "scratch": ()},
 ]
 SMALL = {"dense": (100,), "further": (100,), "scratch": ()}  # short enough to be repeated
-POINTS = [TUNED | part | {"dim": 32, "seed": seed} for seed in SEEDS for part in PARTS]
-POINTS += [TUNED | SMALL | {"dim": 32, "seed": seed} for seed in SEEDS[:3]]
+POINTS = [
+    TUNED[dim] | part | {"dim": dim, "seed": seed}
+    for dim in TUNED
+    for seed in SEEDS
+    for part in PARTS
+]
+POINTS += [TUNED[32] | SMALL | {"dim": 32, "seed": seed} for seed in SEEDS[:3]]
 CANARY = {"dense": (2,), "further": (2, 4), "scratch": (2,), "rows": 16, "seed": 200}
 LONG, SHORT = ({"dense": [*PARTS[at]["dense"]]} for at in (-1, 0))
-# No control is stored: a claim reads a whole grid, and with another row in the place of one of its
-# rows it is a grid no more; the laws without the term are baselines themselves.
-_ROWS = {"method": LONG, "baseline": SHORT, "control": None}
-ROLES = {
-    "interaction": _ROWS,
-    "held-out-error": {"method": {"law": None}, "baseline": {"law": "without"}, "control": None},
-    "sum": {"method": {"law": None}, "baseline": {"law": "sum"}, "control": None},
-    "head-start": _ROWS,
-    "sunk-cost": _ROWS,
-    "break-even": _ROWS,
-}
+
+
+def _roles(dim: int) -> dict:
+    # No control is stored: a claim reads a whole grid, and with another row in the place of one of
+    # its rows it is a grid no more; the laws without the term are baselines themselves.
+    width = {"dim": dim}
+    rows = {"method": width | LONG, "baseline": width | SHORT, "control": None}
+    laws = {"method": width | {"law": None}, "control": None}
+    return {
+        "interaction": rows,
+        "held-out-error": laws | {"baseline": width | {"law": "without"}},
+        "sum": laws | {"baseline": width | {"law": "sum"}},
+        "head-start": rows,
+        "sunk-cost": rows,
+        "break-even": rows,
+    }
+
+
+WIDE = "-wide"  # what the claims of the wider model end with
+ROLES = _roles(32) | {id + WIDE: role for id, role in _roles(64).items()}
 READ = {"interaction": "exponent", "head-start": "head_start", "sunk-cost": "per_step"}
 READ |= {"break-even": "break_even"}
 
 
 def values(runs: list) -> dict:
-    """What each claim is judged on: a pair a seed, from the grids of dim 32."""
+    """What each claim is judged on: a pair a seed, from the grids of both widths."""
     made = {id: [] for id in ROLES}
-    for one in grids(runs):
-        seed, law = one["seed"], one["law"]
-        row = fits(one)
-        for id, name in READ.items():
-            made[id].append(Pair(seed, row[f"{name}_long"], row[f"{name}_short"]))
-        for id in ("held-out-error", "sum"):
-            other = ROLES[id]["baseline"]["law"]  # runs may be told that they are the other's
-            names = (law, "with" if law == other else other)
-            made[id].append(Pair(seed, *(row[f"error_{name}"] for name in names)))
+    for dim, end in {32: "", 64: WIDE}.items():
+        for one in grids(runs, dim):
+            seed, law = one["seed"], one["law"]
+            row = fits(one)
+            for id, name in READ.items():
+                made[id + end].append(Pair(seed, row[f"{name}_long"], row[f"{name}_short"]))
+            for id in ("held-out-error", "sum"):
+                other = ROLES[id]["baseline"]["law"]  # runs may be told that they are the other's
+                names = (law, "with" if law == other else other)
+                made[id + end].append(Pair(seed, *(row[f"error_{name}"] for name in names)))
     return made

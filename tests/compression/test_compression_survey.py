@@ -1,16 +1,18 @@
+import copy
 import importlib
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from lablib.compression import cherry
+from lablib.compression import cherry, dress
 from lablib.compression import compression_survey as cs
 from lablib.compression.calibration import token_losses
 from lablib.compression.quantize import QuantizedLinear
-from lablib.compression.structures import everything, parameters_of
+from lablib.compression.structures import everything, parameters_of, sliced
 from lablib.exercises import compression_survey as exercises
 from lablib.models import GPT, GPTConfig, anatomy
+from lablib.studies import compression_survey as study
 
 
 def small_model(**options):
@@ -42,6 +44,25 @@ def test_a_leaf_is_there_or_honestly_empty():
         "quantization", "pruning", "distillation", "compact design", "dynamic networks",
     }  # fmt: skip
     assert len({leaf.name for leaf in cs.TAXONOMY}) == len(cs.TAXONOMY)
+    assert set(cs.LARGE) <= {leaf.name for leaf in cs.TAXONOMY if leaf.needs == "training"}
+
+
+def test_every_row_of_the_study_but_compositions_has_one_leaf():
+    leaves = {leaf.name: leaf for leaf in cs.TAXONOMY}
+    rows = [row for leaf in study.ROWS.values() for row in leaf]
+    assert set(study.ROWS) <= set(leaves) and all(leaves[name].where for name in study.ROWS)
+    judged = {(run["recipe"], run["learn"]) for run in study.POINTS}
+    assert len(set(rows)) == len(rows) and set(rows) <= judged
+    assert all("then" in recipe for recipe, _ in judged - set(rows))
+    assert {learn for _, learn in judged} == set(study.LEARNED)
+
+
+def test_a_table_has_means_of_seeds():
+    runs = [
+        {"recipe": "a", "learn": "no", "seed": seed, "blocks": 40, "over": over}
+        for seed, over in enumerate((1.0, 3.0))
+    ]
+    assert study.table(runs, weights=80) == {("a", "no"): (4.0, 2.0)}
 
 
 # Constraints.
@@ -165,6 +186,26 @@ def test_a_narrow_model_has_the_share_it_should(keep, blocks, rows):
 
 
 # Distillation.
+
+
+def test_what_is_emptied_first_is_cut_where_a_narrow_model_is(rows):
+    model = small_model()
+    stays = cs.narrower(model, rows[:8], 0.5)
+    plan = {"keep": 0.5, "steps": 4, "rate": 1e-2, "batch": 2}
+    small = cs.compress(model, [("empty", plan | {"calibration": 8})], rows)
+    narrow = cs.compress(model, [("narrow", {"keep": 0.5})], rows, calibration=8)
+    assert parameters_of(small, everything(small)) == parameters_of(narrow, everything(narrow))
+    # Cut before the first step, it is the narrow model and its training.
+    options = plan | {"calibration": 8, "phase": 0.0}
+    cut_first = cs.compress(model, [("empty", options)], rows)
+    for name, weight in weights(cut_first).items():
+        assert weight.shape == weights(narrow)[name].shape
+    emptied = copy.deepcopy(model)
+    dress.empty(emptied, rows, stays, 4, 1e-2, 0, 1e-2, batch=2, seed=None)
+    torch.testing.assert_close(weights(sliced(emptied, stays)), weights(cut_first))
+    torch.testing.assert_close(
+        token_losses(cut_first, rows), token_losses(emptied, rows), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_white_box_distillation_learns_the_teachers_distribution(rows):
@@ -323,7 +364,34 @@ def other_way(student, teacher, temperature):
     return exercises._distillation(teacher, student, temperature)
 
 
+def luckiest(loss_of, temperatures, seeds):
+    runs = {t: [loss_of(t, seed) for seed in seeds] for t in temperatures}
+    means = {t: sum(own) / len(own) for t, own in runs.items()}
+    return min(runs, key=lambda t: min(runs[t])), means
+
+
+def of_one_seed(loss_of, temperatures, seeds):
+    means = {t: loss_of(t, seeds[0]) for t in temperatures}
+    return min(means, key=means.get), means
+
+
+def largest(loss_of, temperatures, seeds):
+    means = exercises._sweep(loss_of, temperatures, seeds)[1]
+    return max(means, key=means.get), means
+
+
+def of_all_tokens(x, bits):
+    step = x.abs().max() / (2 ** (bits - 1) - 1)
+    return (x / step).round() * step
+
+
+def codes_alone(x, bits):
+    return (x / x.abs().amax(-1, keepdim=True) * (2 ** (bits - 1) - 1)).round()
+
+
 WRONG = {
+    "sweep": [luckiest, of_one_seed, largest],
+    "round_inputs": [of_all_tokens, codes_alone],
     "recipe_bytes": [no_scales, no_places],
     "distillation": [no_temperature, other_way],
 }

@@ -209,6 +209,26 @@ def test_equal_operations_are_more_steps_of_the_smaller_model():
     assert study.as_dear(model, Keep(), 30, 40) == 40
 
 
+def test_both_orders_leave_the_model_as_it_was_and_train_its_last_blocks_alone(rows, monkeypatch):
+    model = small_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trained, empty = [], dress.empty
+
+    def watched(model, rows, keep, *rest, **options):
+        trained.append((options["trainable"], [n is None for n in keep.neurons], rest[2]))
+        return empty(model, rows, keep, *rest, **options)
+
+    monkeypatch.setattr(dress, "empty", watched)
+    found = study.both_orders(model, rows, rows[:4], blocks=1, steps=4, rate=1e-2)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    last = len(anatomy.blocks(model)) - 1
+    for names, kept, _ in trained:
+        assert len(names) == 3 and all(f".{last}." in name for name in names)
+        assert kept == [True] * last + [False]
+    assert [phase for *_, phase in trained] == [2, 0]
+    assert len(set(found.values())) == 3 and found["whole"] == study.loss(model, rows[:4])
+
+
 def test_held_out_windows_are_of_other_documents():
     for text in (study.NEW, study.KNOWN):
         train, held_out = study.texts("tiny-1m", text)
@@ -252,7 +272,20 @@ def rounded_down(weight, amount, norm):
     return int(abs(weight) / amount) if norm == 1 else math.inf
 
 
+def one_by_one(leak_of, weights):
+    return next(weight for weight in weights if leak_of(weight) < 0.01)
+
+
+def below_one(leak_of, weights):
+    return exercises._smallest_weight(lambda weight: leak_of(weight) / 100, weights)
+
+
+def one_too_small(leak_of, weights):
+    return weights[weights.index(exercises._smallest_weight(leak_of, weights)) - 1]
+
+
 WRONG = {
+    "smallest_weight": [one_by_one, below_one, one_too_small],
     "leak": [leak_of_squares, leak_of_the_whole],
     "head_penalty": [one_head, no_output],
     "steps_to_empty": [both_end, rounded_down],

@@ -374,3 +374,45 @@ def test_how_often_k_blocks_run():
     counts = np.bincount([sum(blocks.stays()) for _ in range(5000)], minlength=9)
     expected = [exercises.steps_with.reference(k, 8, 0.3, 5000) for k in range(9)]
     assert counts == pytest.approx(expected, abs=150) and sum(expected) == pytest.approx(5000)
+
+
+def test_models_of_a_text_of_the_readers(tmp_path):
+    text = tmp_path / "wiki.train.raw"
+    text.write_text(" ".join(f"the {n} cats sat on mat {n * n}" for n in range(700)), "utf-8")
+    found = study.on_words(text, steps=20, dim=32, n_layers=4, batch=2)
+    assert list(found) == ["usual", "LayerDrop"] and all(len(own) == 2 for own in found.values())
+    assert all(4 < loss < 20 for own in found.values() for loss in own)
+    assert found["usual"] != found["LayerDrop"]
+
+
+# Rates that are learned.
+
+
+def test_learned_rates_have_the_mean_that_was_asked_and_the_best_stay():
+    torch.manual_seed(0)
+    learned, added = ld.DataDrivenRates(5, 6, 0.3), torch.randn(5, 6)
+    rates, shares = learned(added), learned.shares(added)
+    assert rates.mean().item() == pytest.approx(0.3) and rates.min() >= 0 and rates.max() <= 1
+    assert torch.equal(rates.argsort(), shares.argsort(descending=True))
+    assert learned.keep(added, 2) == sorted(shares.argsort(descending=True)[:2].tolist())
+    blocks = ld.LayerDrop([nn.Identity() for _ in range(5)], rates.tolist())
+    assert blocks.rates == pytest.approx(rates.tolist())
+    with pytest.raises(ValueError, match="up to 0.8"):
+        ld.DataDrivenRates(5, 6, 0.9)
+
+
+def test_a_block_that_helps_is_left_out_less_often():
+    """Of two blocks one adds what is wanted and one the opposite; the first's rate falls."""
+    torch.manual_seed(0)
+    learned, added = ld.DataDrivenRates(2, 3, 0.4), torch.eye(2, 3)
+    optimizer = torch.optim.Adam(learned.parameters(), 0.05)
+    before = learned(added)[0].item()
+    for _ in range(30):
+        x, rates = torch.zeros(3), learned(added)
+        for sign, rate in zip((1.0, -1.0), rates):
+            x = ld.gated(x, x + sign, rate)
+        torch.testing.assert_close(x, torch.zeros(3), atol=1e-6, rtol=0)  # as without rates
+        (x - 1).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert learned(added)[0].item() < before - 0.1

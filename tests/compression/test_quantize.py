@@ -173,6 +173,19 @@ def test_a_quantized_model_computes_what_a_rounded_one_does_in_fewer_bytes():
     assert q.stored_bytes(model) == pytest.approx(before - 4 * linear + linear * 4 / 8, abs=1000)
 
 
+def test_a_layer_that_reads_one_token_follows_its_weight():
+    weight, x = weights(32, 64), torch.randn(1, 64)
+    layer = q.QuantizedLinear(q.quantize(weight, 4, group=16))
+    state, size = set(layer.state_dict()), q.stored_bytes(layer)
+    torch.testing.assert_close(layer(x), layer(x.repeat(2, 1))[:1], atol=1e-5, rtol=1e-4)
+    assert set(layer.state_dict()) == state and q.stored_bytes(layer) == size
+    other = q.QuantizedLinear(q.quantize(-2 * weight, 4, group=16))
+    layer.load_state_dict(other.state_dict())
+    torch.testing.assert_close(layer(x), other(x.repeat(2, 1))[:1], atol=1e-5, rtol=1e-4)
+    layer.double()  # scales alone have another dtype
+    torch.testing.assert_close(layer(x), other(x), atol=1e-5, rtol=1e-4)
+
+
 def test_gradients_pass_through_to_what_is_before():
     model, tokens = small_model(), torch.randint(50, (2, 9))
     q.quantize_(model, 4, group=16)

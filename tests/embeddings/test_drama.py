@@ -281,6 +281,27 @@ def test_no_judged_text_is_learned():
     assert {*held["verses"][0]}.isdisjoint(tuned["verses"][0])
 
 
+def test_sources_put_together_have_as_many_pairs_of_each(monkeypatch):
+    seen = []
+    monkeypatch.setattr(study, "taught", lambda counts, *_: (seen.append(counts), (None, 0))[1])
+    monkeypatch.setattr(study, "scores", lambda *_: dict.fromkeys(study.SHOWN, 50.0) | {"x": 1.0})
+    told = study.put_together(0, 1e-3, 1, 1, {})
+    assert len(seen) == 11 and {len(counts) for counts in seen} == {2, 3, 4}
+    assert {n for counts in seen for n in counts.values()} == {study.EQUAL}
+    assert len(told) == 11 * len(study.SHOWN) and told["crop+synthetic mean"] == 50
+
+
+def test_every_mixture_is_stored_for_every_draw():
+    runs = Study(paper("drama")).runs()
+    every = [run for run in runs if run["mixture"] == "every"]
+    assert study.mixed_of(runs, [])["mean"] == [run["before mean"] for run in every]
+    assert study.mixed_of(runs, ["crop"])["verses"] == [run["crop verses"] for run in every]
+    swapped = study.mixed_of(runs, ["synthetic", "supervised"])
+    assert swapped == study.mixed_of(runs, ["supervised", "synthetic"])
+    whole = study.mixed_of(runs, drama.SOURCES)
+    assert list(whole) == list(study.SHOWN) and {len(row) for row in whole.values()} == {5}
+
+
 def test_ndcg_by_hand():
     q = torch.eye(3)
     assert study.ndcg(q, q) == pytest.approx(100)

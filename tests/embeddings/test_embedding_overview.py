@@ -191,6 +191,38 @@ def test_rows_of_other_labs_are_on_every_task_and_draw():
     assert not set(cells) & set(study.cells(matching(runs, kind="draw")))
 
 
+def test_what_other_labs_train_is_on_all_tasks_and_draws():
+    runs = Study(paper("embedding-overview")).runs()
+    cells = study.cells(matching(runs, kind="theme"))
+    for row in ("m-ST5", "tiny-1m, GRL", "DRAMA's student"):
+        assert list(cells[row]) == list(study.ALL)
+    both = study.cells([run for run in runs if run["kind"] in ("draw", "more", "theme")])
+    whole = [row for row in both if all(task in both[row] for task in study.ALL)]
+    assert len(whole) >= 18 and {len(both[row][task]) for row in whole for task in study.ALL} == {5}
+
+
+def test_languages_are_asked_in_texts_that_its_encoder_of_bytes_has_not_seen():
+    a, b, gold = study.texts_of("languages", 3, 60)
+    split = study.lab_1001.drawn(3, study.lab_1001.LANGUAGES)
+    seen = {" ".join(text.split()[:14]) for part in split["train"].values() for text in part}
+    assert len(a) == len(b) == 60 and gold == [] and not seen & set(a)
+    table = study.lab_1001.table_of("names", study.lab_1001.LANGUAGES)
+    assert all(text in table[name][1:] for name, text in zip(a, b) if name in table)
+
+
+def test_news_are_pairs_that_people_rated():
+    a, b, gold = study.texts_of("news", 1, 30)
+    assert len(gold) == 30 and 0 <= min(gold) < max(gold) <= 1
+    assert all(x != y and len(x.split()) <= 40 for x, y in zip(a, b))
+    assert study.texts_of("news", 2, 30)[0] != a
+
+
+def test_leaves_of_the_map_have_rows_of_the_table():
+    cells = study.cells(Study(paper("embedding-overview")).runs())
+    assert set(study.ON_MAP) <= {leaf.name for leaf in overview.TREE if leaf.where}
+    assert {study.PLAIN, *study.ON_MAP.values()} <= set(cells)
+
+
 # Exercises.
 
 

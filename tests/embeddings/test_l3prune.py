@@ -222,6 +222,35 @@ def test_learning_judging_and_tuning_share_no_verse():
     assert texts[0].isdisjoint(texts[1] | texts[2]) and texts[1].isdisjoint(texts[2])
 
 
+def test_minilm_is_cut_and_tuned_at_each_depths_own_rate(monkeypatch):
+    monkeypatch.setattr(study, "CUTS", (3, 2))
+    monkeypatch.setattr(study, "MINI", {"steps": 2, "batch": 4, "length": 12, "held_out": 8})
+    seen = []
+
+    def train(short, pairs, steps, rate, **options):
+        seen.append((len(anatomy.blocks(short.model)), rate, len(pairs)))
+
+    monkeypatch.setattr(study.students, "train", train)
+    told = study.run("minilm", 100, rates=[1e-3, 2e-3])
+    assert seen == [(3, 1e-3, 8), (2, 2e-3, 8)]
+    assert told["3 before"] == told["3 trained"] > 100 / 8  # better than chance, untrained
+    with pytest.raises(ValueError, match="zip"):
+        study.run("minilm", 100, rates=[1e-3])
+
+
+def test_judged_headings_are_none_that_minilm_learned():
+    n = study.MINI["steps"] * study.MINI["batch"]
+    learned = study.drawn(study.collections.pairs("headings", "train"), n, 0)
+    texts = [{text for row in rows for text in row} for rows in (learned, study.headings(0))]
+    assert texts[0].isdisjoint(texts[1]) and len(study.headings(0)) == study.MINI["held_out"]
+
+
+def test_words_find_what_shares_them():
+    rows = [("a red house", "the red house"), ("two dogs", "dogs, two"), ("nothing", "at all")]
+    assert study.by_words(rows[:2]) == (100.0, 100.0)
+    assert study.by_words([(rows[0][0], rows[1][1]), (rows[1][0], rows[0][1])]) == (0.0, 0.0)
+
+
 # Exercises.
 
 

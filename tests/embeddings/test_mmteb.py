@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lablib.embeddings import lexical, mmteb
+from lablib.data.tasks import load_task
+from lablib.embeddings import collections, lexical, mmteb
 from lablib.embeddings import mini_benchmark as mini
 from lablib.evidence.claims import NOT_REPRODUCED, judge
 from lablib.evidence.studies import Study
@@ -245,6 +246,21 @@ def test_an_unknown_task_is_said():
         mini.drawn("moon")
 
 
+def test_sizes_are_how_many_there_are_to_draw_from():
+    sizes = {task.name: task.size for task in mini.MINI.tasks}
+    assert sizes.pop("docstrings") is None  # of the Python that runs
+    for name in ("headings", "messages-fr", "names-ru"):
+        assert sizes.pop(name) == len(collections.pairs(name, "test"))
+    chosen = [f in ("howto", "ref", "releases", "topics") for f in collections.folders("test")]
+    counts = {"sections": sum(chosen), "lee": 50, "wordsim": len(collections.wordsim()[0])}
+    counts |= {"polarity": len(collections.polarity()[0])}
+    counts |= {"next verse": len(collections.triples("verses", "validation"))}
+    counts |= {"kinds-fr": len(collections.names(["fr"], "test"))}
+    counts |= {"sts-b": len(load_task("sts-b").test)}
+    counts |= {"paraphrase": len(load_task("paraphrase").validation)}
+    assert sizes == counts
+
+
 # The study.
 
 
@@ -264,6 +280,14 @@ def test_splits_come_out_of_lists_with_their_numbers():
     rows = study.splits(runs)
     assert [row["seed"] for row in rows] == [20, 8, 9, 10, 11]
     assert [rows[1][key] for key in one] == list(range(len(one)))
+
+
+def test_fewer_tasks_are_the_same_splits():
+    told = study.sizes([100, 101])
+    assert set(told) == {f"{n} {k}" for n in (10, 7) for k in ("predictable", "error", "random")}
+    for keep in study.FEWER:
+        rows = [study.split(number, keep) for number in (100, 101)]
+        assert told[f"{keep} predictable"] == [row["predictable"] for row in rows]
 
 
 def test_layers_of_one_pass_are_the_encoders():

@@ -59,6 +59,15 @@ def test_only_what_is_named_learns(encoder):
     )
 
 
+def test_thin_matrices_have_the_rank_that_is_asked_for(encoder, monkeypatch):
+    """What LoRA adds to a weight has no more directions than its rank."""
+    layer = "blocks.0.attention.query"
+    before = encoder.model.get_submodule(layer).weight.detach().clone()
+    train(encoder, PAIRS, 3, 1e-2, batch=6, trainable="lora", rank=3)
+    added = encoder.model.get_submodule(layer).weight.detach() - before
+    assert torch.linalg.matrix_rank(added, rtol=1e-3) == 3
+
+
 def test_its_own_loss_is_used(encoder):
     assert train(encoder, PAIRS, 2, 0.0, loss=lambda a, b: (a * 0).sum() + 7.0) == [7.0, 7.0]
 

@@ -185,6 +185,18 @@ def test_every_setting_that_trains_something_is_stored():
             assert weights == (1.0, *(run.get("weight", 1.0) * part for part in named))
 
 
+def test_imitation_is_the_writers_own_loss():
+    point = study.CANARY | {"held_out": 10, "objective": "x", "weights": (0.0, 1.0, 0.0)}
+    losses = {kind: study.run(**point, preference=kind)["loss"] for kind in ("dpo", "sft")}
+    assert losses["dpo"] < 2 < losses["sft"]  # near log 2, and nats of a token
+
+
+def test_counts_of_words_are_far_ahead_of_chance():
+    found = study.by_words(0)
+    assert set(found) == {"BM25", "tf-idf"} and all(0.5 < score < 1 for score in found.values())
+    assert study.by_words(1) != found
+
+
 # Exercises.
 
 

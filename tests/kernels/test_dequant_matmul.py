@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lablib.kernels import dequant_matmul
-from lablib.kernels.dequant_matmul import naive
+from lablib.kernels.dequant_matmul import naive, one_token
 
 module = import_module("lablib.kernels.dequant_matmul")
 
@@ -149,3 +149,48 @@ def test_triton_splits_the_inputs_of_few_tokens(bits, group, tokens, device, dty
     parts = triton._parts(x, 1, weight[0].shape[1], 16)[1]
     assert parts > 1
     close(triton.product(x, *weight, bits, group), naive.dequant_matmul(*whole, bits, group))
+
+
+# in, out, group: whole groups; a short last one, and outputs that fill no whole byte; one a row
+ONE_TOKEN = [(64, 48, 32), (70, 33, 16), (128, 65, 128), (7, 1, 7)]
+
+
+@pytest.mark.skipif(not one_token.fits(torch.ones(1, 2)), reason="PyTorch without FBGEMM")
+@pytest.mark.parametrize("shape", ONE_TOKEN)
+@pytest.mark.parametrize("bits", naive.PLANES)
+@pytest.mark.parametrize("zeros", ["each", "row", "one"])
+def test_one_token_has_a_way_of_its_own(bits, shape, zeros, dtype, close, monkeypatch):
+    x, *weight = _inputs(bits, 1, *shape, zeros=zeros)
+    turned = one_token.turn(*weight, bits, shape[0])
+    monkeypatch.setattr(module, "_product", None)  # the tiles are not asked
+    out = dequant_matmul(x.to(dtype), *weight, bits, shape[-1], turned)
+    assert out.dtype == dtype
+    close(out, naive.dequant_matmul(x.to(dtype), *weight, bits, shape[-1]))
+
+
+def test_codes_that_are_laid_out_again_take_as_many_bytes():
+    for bits, width in one_token.WIDTHS.items():
+        _, *weight = _inputs(bits, 1, 256, 512, 64)
+        turned = one_token.turn(*weight, bits, 256)
+        ends = 256 * (8 if width == 8 else 4)
+        assert turned.codes.nbytes == 256 * 512 * width / 8 + ends
+
+
+def test_several_tokens_and_those_that_learn_go_by_tiles(gradients):
+    x, *weight = _inputs(4, 2, 64, 48, 32)
+    turned = one_token.turn(*weight, 4, 64)
+    wrong = turned._replace(scale=turned.scale * 0)  # were it read, all outputs would be near 0
+    expected = naive.dequant_matmul(x, *weight, 4, 32)
+    torch.testing.assert_close(dequant_matmul(x, *weight, 4, 32, wrong), expected)
+    ours = gradients(lambda x: dequant_matmul(x, *weight, 4, 32, wrong), x[:1])
+    theirs = gradients(lambda x: naive.dequant_matmul(x, *weight, 4, 32), x[:1])
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+def test_without_fbgemm_one_token_goes_by_tiles(monkeypatch):
+    x, *weight = _inputs(4, 1, 64, 48, 32)
+    turned = one_token.turn(*weight, 4, 64)
+    monkeypatch.setattr(one_token, "BUILT", False)
+    wrong = turned._replace(scale=turned.scale * 0)
+    expected = naive.dequant_matmul(x, *weight, 4, 32)
+    torch.testing.assert_close(dequant_matmul(x, *weight, 4, 32, wrong), expected)

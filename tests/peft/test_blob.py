@@ -348,3 +348,14 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_answers_are_told(name, tells_right_from_wrong):
     tells_right_from_wrong(getattr(exercises, name), WRONG[name])
+
+
+def test_a_prior_pulls_the_matrices_to_zero(monkeypatch):
+    def size(kind, decay):
+        monkeypatch.setattr(study, "DECAY", decay)
+        classifier, _ = study.trained(kind, 201, 0, 1e-2, 0.0, 6, 8)
+        return study.squares(classifier).item()
+
+    plain = size("mle", 0.0)
+    assert size("map", 0.0) == pytest.approx(plain)
+    assert size("map", 30.0) < 0.9 * plain

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lablib.compression.recover import drawn, language_loss, recover
-from lablib.data.tasks import licence_texts
+from lablib.data.tasks import load_task
 from lablib.exercises import finegates as exercises
 from lablib.models import anatomy, pretrained
 from lablib.models.classifier import Classifier, Encoded
@@ -344,8 +344,9 @@ def test_licences_go_through_the_last_blocks_as_through_all():
     whole, n_blocks = copy.deepcopy(model), len(model.blocks)
     loss_of, milliseconds = study.on_licences(model, tokenizer, 3, 2, 2)
     assert len(model.blocks) == 2 < n_blocks
-    for documents, places in zip(licence_texts(), ([0, 1, 2], [3, 4]), strict=True):
-        tokens = [t for d in documents[: len(places)] for t in tokenizer.encode(d.text[:600])]
+    train, _, test = load_task("licences")
+    for examples, places in ((train, [0, 1, 2]), (test, [3, 4])):
+        tokens = [t for e in examples[: len(places)] for t in tokenizer.encode(e.text[:600])]
         rows = torch.tensor(tokens[: 33 * len(places)]).view(-1, 33)
         ours = loss_of(model, torch.tensor(places)[:, None])
         torch.testing.assert_close(ours, language_loss(whole, rows), atol=1e-5, rtol=1e-5)
@@ -385,3 +386,43 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_answers_are_told(name, tells_right_from_wrong):
     tells_right_from_wrong(getattr(exercises, name), WRONG[name])
+
+
+def test_kurtosis_is_pearsons():
+    values = (
+        torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) ** 3
+    )
+    values[:, 3] = 2.0
+    expected = stats.kurtosis(values[:, :3].numpy(), fisher=False)
+    torch.testing.assert_close(fg.kurtosis(values)[:3], torch.from_numpy(expected))
+    assert fg.kurtosis(values)[3] == 0  # nothing varies
+
+
+def test_what_has_few_strong_connections_counts_less():
+    torch.manual_seed(0)
+    weight = torch.randn(60, 40)
+    weight[5] *= 0.01
+    weight[5, 7] = 50.0  # all of row 5 hangs on one input
+    rows, columns = fg.weighed(weight, torch.ones(40))
+    assert rows.sum() == pytest.approx(1) and columns.sum() == pytest.approx(1)
+    assert rows.argmin() == 5 and columns.argmin() == 7
+    assert fg.weighed(weight, torch.zeros(40))[0].std() == 0  # nothing passes, all are alike
+
+
+def test_a_weighed_penalty_speaks_of_open_gates(model):
+    torch.manual_seed(2)
+    fg.gate_(model)
+    fg.watch_(model)
+    anatomy.logits(model, TOKENS)
+    with torch.no_grad():
+        for layer in fg.layers(model).values():
+            for logits in (layer.row, layer.column):
+                logits.fill_(0.0)
+                logits[: len(logits) // 2] = fg.SHUT
+    chance = fg.open_probability(torch.tensor(0.0)).item()
+    # all that are open have one chance, so their weights don't matter
+    assert fg.weighed_penalty(model, 0.2).item() == pytest.approx(abs(chance - 0.8), abs=1e-5)
+    assert fg.penalty(model, 0.2).item() > 0.2  # closed ones count there
+    fg.weighed_penalty(model, 0.2).backward()
+    layer = next(iter(fg.layers(model).values()))
+    assert layer.row.grad[0] == 0 and layer.row.grad[-1] != 0

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lablib.evidence.claims import judge
 from lablib.evidence.studies import Study
 from lablib.exercises import rigochat as exercises
-from lablib.models import anatomy
+from lablib.models import anatomy, pretrained
 from lablib.papers import paper
 from lablib.peft import rigochat as rc
 from lablib.peft.adapter import disabled, merge_, n_trainable, trainable
@@ -283,3 +283,12 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_answers_are_told(name, tells_right_from_wrong):
     tells_right_from_wrong(getattr(exercises, name), WRONG[name])
+
+
+def test_an_answer_is_one_line_after_the_prompt():
+    model, tokenizer = pretrained("tiny-1m")
+    told = rc.answer(model, tokenizer, "Small\ninteger", 5)
+    ids = tokenizer.encode(rc.prompt_of("Small integer"))
+    longer = tokenizer.decode(model.generate(ids, 5, greedy=True)[len(ids) :])
+    assert told == longer.strip().split("\n")[0]
+    assert isinstance(rc.answer(model, tokenizer, "", 2), str)

@@ -1,27 +1,35 @@
 """Products with weights that are stored in few bits, and never dequantized as a whole.
 
 At one token a product is as slow as reading the weight, so fewer bits are less time; at hundreds of
-tokens arithmetic is what takes time, and unpacking is extra.
+tokens arithmetic is what takes time, and unpacking is extra. On CPU one token has a way of its own,
+`one_token`, for which codes are laid out a second time.
 """
 
 import torch
 from torch import Tensor
 
 from lablib.kernels.autocast import cast
-from lablib.kernels.dequant_matmul import naive
+from lablib.kernels.dequant_matmul import naive, one_token
 from lablib.kernels.derivatives import forward_mode
 
 TILE = 2**19  # weights dequantized at once on CPU: fewer, and calls cost more than cache misses
 
 
 def dequant_matmul(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: int,
+    group: int,
+    turned: one_token.Turned | None = None,
 ) -> Tensor:
     """Multiply x with W^T, W = scale (code - zero) in groups along its input axis.
 
     x: (..., in) floating; packed: (out, bytes) uint8, codes of `bits` bits each as
     `naive.pack` lays them out; scale: (out, groups); zero: (out or 1, groups or 1), any real
-    numbers; groups = in / group, the last may be shorter. Returns (..., out) in x's dtype,
+    numbers; groups = in / group, the last may be shorter. turned: the same weight as
+    `one_token.turn` lays it out, read where `one_token.fits`. Returns (..., out) in x's dtype,
     differentiable in x alone. Follows autocast as nn.Linear does.
     Raises ValueError when bits are not 2 to 8, shapes do not fit, or a gradient of scales is asked.
     """
@@ -30,6 +38,8 @@ def dequant_matmul(
     flat = x.reshape(-1, x.shape[-1])
     if forward_mode():
         out = naive.dequant_matmul(flat, packed, scale, zero, bits, group)
+    elif turned is not None and one_token.fits(flat):
+        out = one_token.product(flat.float(), turned, group).to(x.dtype)
     else:
         out = _product(flat, packed, scale, zero, bits, group)
     return out.view(*x.shape[:-1], len(packed))

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lablib.kernels import dequant_matmul
 from lablib.kernels.cases import Case, compiled, naive
+from lablib.kernels.dequant_matmul import one_token
 from lablib.resources import Way
 
 SIZE, GROUP = 4096, 64  # a projection too large for the cache, as a whole model is
@@ -23,8 +24,12 @@ def ways(bits: int, tokens: int, device: str, dtype: torch.dtype) -> dict[str, W
     plain = definition.dequant_matmul
     fast = compiled(plain)
     weight = definition.dequantize(packed, scale, zero, bits, SIZE, group).to(dtype)
+    small = packed, scale, zero, bits
+    turned = one_token.turn(*small, SIZE) if one_token.fits(x) else None
+    tiles = {"ours, in tiles": lambda: dequant_matmul(x, *small, group)} if turned else {}
     return {
-        "ours": lambda: dequant_matmul(x, packed, scale, zero, bits, group),
+        "ours": lambda: dequant_matmul(x, *small, group, turned),
+        **tiles,
         f"{str(dtype).removeprefix('torch.')} matmul": lambda: x @ weight.t(),
         "naive": lambda: plain(x, packed, scale, zero, bits, group),
         "torch.compile of naive": lambda: fast(x, packed, scale, zero, bits, group),
@@ -74,12 +79,14 @@ def _torchaos(x: Tensor, weight: Tensor, bits: int, group: int) -> dict[str, Way
 
 
 def cases(device: str, dtype: torch.dtype) -> list[Case]:
-    """1, 16 and 512 tokens through one projection; moved: the bytes of codes, scales and x."""
+    """1, 16 and 512 tokens through one projection; moved: the bytes of codes and scales."""
     found = []
     for bits in (8, 4):
         for tokens in (1, 16, 512):
             given = ways(bits, tokens, device, dtype)
-            stored = SIZE * SIZE * bits // 8
-            title = f"dequant_matmul, {bits} bits, {tokens} tokens, {SIZE} to {SIZE}, forward"
+            scales = 4 * SIZE * (1 if bits == 8 else SIZE // GROUP)
+            stored = SIZE * SIZE * bits // 8 + scales
+            size = f"{SIZE} to {SIZE}, {stored / 1e6:.1f} MB stored"
+            title = f"dequant_matmul, {bits} bits, {tokens} tokens, {size}, forward"
             found.append(Case(title, given, flops=2 * tokens * SIZE**2, moved=stored, repeats=11))
     return found
