@@ -1,16 +1,23 @@
 """The study of ToMoE (2025): experts found by masks against static pruning, no weight changed.
 
-The model is the house's `tiny-1m`, on the text that it was trained on and judged on the documents
-held out of it. The paper's losses, their weights and its optimizer; what differs from seed to seed
-is the hypernetwork, the routers, the noise and the order of the text. Not `tiny-4m`: a step on it
-takes more than twice as long, and a lab that repeats a run has to wait for it.
+The model is the house's `tiny-4m`, on the text that it was trained on and judged on the documents
+held out of it; `tiny-1m` beside it, which a lab can convert while one waits. The paper's losses,
+their weights and its optimizer; what differs from seed to seed is the hypernetwork, the routers,
+the noise and the order of the text.
 
-Tuned on another seed: the rate, with three tries each for the experts, for one learned mask and for
-random masks. Static pruning by activation norm ranks the units of all layers in one list: a list a
-layer lost several times as much there, since the middle layer needs few units and the first one
-nearly all. By weight norms it is the other way round, so each layer keeps its share. Seen on that
-seed, too: with half of the units on, eight experts were no better than one learned mask; with 30 %
-they were. Twice the rate did not help.
+Tuned on another seed, for each model: the rate, with as many tries each for the experts, for one
+learned mask and for random masks. The rest was settled on `tiny-1m`. Static pruning by activation
+norm ranks the units of all layers in one list: a list a layer lost several times as much there,
+since the middle layer needs few units and the first one nearly all. By weight norms it is the other
+way round, so each layer keeps its share. Seen there, too: with half of the units on, eight experts
+were no better than one learned mask; with 30 % they were.
+
+On `tiny-1m` experts were clearly below static pruning by activation norm at half of the units. On
+`tiny-4m` they are below it in all five draws, by so different amounts that the interval holds zero:
+one draw of 32 windows ranks the units much worse than the others.
+
+SmolLM2: six of its thirty layers, 100 steps of one window, 5 minutes a run, at the rates of
+`tiny-4m`. One run a kind, shown, and judged by no claim.
 """
 
 from functools import lru_cache
@@ -20,12 +27,13 @@ import torch
 from lablib.data import Batches, sequential
 from lablib.evidence import Pair, grid, paired
 from lablib.experts import tomoe
-from lablib.models import pretrained
+from lablib.models import anatomy, pretrained
 from lablib.training import adamw, evaluate, fit
 from lablib.training.checkpoints import corpora
 
 LENGTH = 128
 TUNED = {"tomoe": 1e-2, "one": 3e-3, "random": 1e-2}  # the rate
+TUNED_4M = {"tomoe": 1e-2, "one": 3e-3, "random": 1e-2}
 SAMPLE = """To be, or not to be, that is the question: whether it is nobler in the mind to suffer.
 def sort(values, reverse=False): return sorted(values, reverse=reverse)
 In the beginning God created the heaven and the earth. The price of copper fell by 3 % on Monday,
@@ -41,6 +49,7 @@ def run(
     model: str = "tiny-1m",
     rows: int = 96,
     batch: int = 8,
+    every: int = 1,
 ) -> dict:
     """Cut a trained model's feed-forward layers to a share; its held-out loss, nats a token.
 
@@ -49,6 +58,7 @@ def run(
         single learned mask for all tokens; "magnitude" and "activation", static pruning that
         needs no training.
     rows: held-out windows of 128 tokens.
+    every: 1 cuts all layers, 2 the first, third, and so on.
     """
     train, held_out = texts(model)
     torch.manual_seed(seed)
@@ -56,6 +66,8 @@ def run(
     dense = fresh(model)
     options = {"learn_masks": kind != "random"}
     options |= {"values": dense.config.head_dim // 2} if kind == "values" else {}
+    if every > 1:
+        options["blocks"] = range(0, len(anatomy.blocks(dense)), every)
     moe = tomoe.ToMoE(dense, n_experts, share, **options)
     windows = some(held_out, rows)
     whole = loss_of(moe, windows, dense=True)
@@ -132,40 +144,53 @@ def some(tokens, rows: int) -> list:
 
 
 SEEDS = range(5)
+SHARES = (0.5, 0.3)
+STATIC = ("activation", "magnitude")
+LARGE = {"model": "smollm2-135m-instruct", "every": 5, "share": 0.5, "steps": 100}
+LARGE |= {"batch": 1, "rows": 16}
 POINTS = [
-    *grid(kind="tomoe", share=(0.5, 0.3), lr=TUNED["tomoe"], seed=SEEDS),
-    *grid(kind="one", share=(0.5, 0.3), lr=TUNED["one"], seed=SEEDS),
-    *grid(kind="random", share=(0.5, 0.3), lr=TUNED["random"], seed=SEEDS),
-    *grid(kind=("activation", "magnitude"), share=(0.5, 0.3), seed=SEEDS),
-]
-TUNING = [*grid(kind=("tomoe", "one", "random"), share=0.5, lr=(1e-3, 3e-3, 1e-2, 2e-2), seed=100)]
+    *[point for kind, lr in TUNED.items()
+      for point in grid(kind=kind, share=SHARES, lr=lr, seed=SEEDS)],
+    *grid(kind=STATIC, share=SHARES, seed=SEEDS),
+    *[point for kind, lr in TUNED_4M.items()
+      for point in grid(kind=kind, share=SHARES, lr=lr, model="tiny-4m", seed=SEEDS)],
+    *grid(kind=STATIC, share=SHARES, model="tiny-4m", seed=SEEDS),
+    *[LARGE | {"kind": kind, "lr": TUNED_4M[kind], "seed": 0} for kind in ("tomoe", "random")],
+    LARGE | {"kind": "activation", "seed": 0},
+]  # fmt: skip
+_TRIED = {"kind": ("tomoe", "one", "random"), "share": 0.5, "lr": (1e-3, 3e-3, 1e-2, 2e-2)}
+TUNING = [*grid(**_TRIED, seed=100), *grid(**_TRIED, seed=100, model="tiny-4m")]
 CANARY = {"seed": 200, "kind": "tomoe", "steps": 3, "lr": 3e-3, "rows": 4, "batch": 2}
 
-_HALF, _LESS = {"kind": "tomoe", "share": 0.5}, {"kind": "tomoe", "share": 0.3}
-_STATIC = {"kind": "activation", "share": 0.5}
-_RANDOM, _RANDOM_LESS = {"kind": "random", "share": 0.5}, {"kind": "random", "share": 0.3}
+
+def kind_of(kind: str, share: float = 0.5) -> dict:
+    """What tells the runs of a kind from all others."""
+    return {"kind": kind, "share": share, "model": "tiny-4m"}
+
+
+_HALF = {"share": 0.5, "model": "tiny-4m"}
 # No control is stored for the gaps, leads of all of a share's runs; the random masks are one.
-_GAP = {"method": {"share": 0.3}, "baseline": {"share": 0.5}, "control": None}
+_GAP = {"method": _HALF | {"share": 0.3}, "baseline": _HALF, "control": None}
 ROLES = {
     "routing": {
-        "method": _LESS,
-        "baseline": {"kind": "one", "share": 0.3},
-        "control": _RANDOM_LESS,
+        "method": kind_of("tomoe", 0.3),
+        "baseline": kind_of("one", 0.3),
+        "control": kind_of("random", 0.3),
     },
-    "static": {"method": _HALF, "baseline": _STATIC, "control": _RANDOM},
-    "random": {"method": _HALF, "baseline": _RANDOM, "control": None},
+    "static": {
+        "method": kind_of("tomoe"),
+        "baseline": kind_of("activation"),
+        "control": kind_of("random"),
+    },
+    "random": {"method": kind_of("tomoe"), "baseline": kind_of("random"), "control": None},
     "gap": _GAP,
     "gap-random": _GAP,
-    # Random masks, trained about, are ahead of this rival, too: the lab says so.
-    "magnitude": {
-        "method": _HALF,
-        "baseline": {"kind": "magnitude", "share": 0.5},
-        "control": None,
-    },
+    # Random masks, trained about, may be ahead of this rival, too: the lab says so.
+    "magnitude": {"method": kind_of("tomoe"), "baseline": kind_of("magnitude"), "control": None},
     "routing-half": {
-        "method": _HALF,
-        "baseline": {"kind": "one", "share": 0.5},
-        "control": _RANDOM,
+        "method": kind_of("tomoe"),
+        "baseline": kind_of("one"),
+        "control": kind_of("random"),
     },
 }
 
