@@ -69,6 +69,8 @@ def _test_balanced(candidate) -> None:
         labels = _uneven(per_class)
         _check_draw(candidate(labels, per_class, random.Random(random.random())), labels, per_class)
     draws = [list(candidate(labels, 2, random.Random(seed))) for seed in range(8)]
+    for places in draws:  # a lucky draw of all labels alike is told by the next
+        _check_draw(places, labels, 2)
     if all(draw == draws[0] for draw in draws):
         raise Wrong("eight draws gave the same places: let `draw` choose them")
     in_order = [sorted(labels[place] for place in draw) for draw in draws]
