@@ -88,6 +88,7 @@ def _rank_that_saves_nothing(shapes):
 def _test_rank(candidate) -> None:
     why = "one square of 4 by 4 has 16 weights, and 8 of each rank: at rank 2 nothing is saved"
     expect(candidate([(4, 4)]), 2, why)
+    expect(candidate([(3, 4)]), 2, "12 weights, 7 of each rank: at rank 1 five are still saved")
     shapes = [tuple(int(x) for x in np.random.randint(20, 90, 2)) for _ in range(4)]
     whole, each = sum(o * i for o, i in shapes), sum(o + i for o, i in shapes)
     right = _rank_that_saves_nothing(shapes)

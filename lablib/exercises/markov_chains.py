@@ -78,6 +78,8 @@ def _predict_next(prompt: np.ndarray, size: int) -> np.ndarray:
 def _test_predict_next(candidate) -> None:
     nothing = "Nothing has followed 1 yet, so add-one smoothing gives each symbol the same"
     expect(candidate(np.array([0, 1]), 3), np.full(3, 1 / 3), nothing)
+    last = "Of 0, 1, 0 the pair (0, 1) tells what follows the last 0: shares of 1/3 and 2/3"
+    expect(candidate(np.array([0, 1, 0]), 2), np.array([1, 2]) / 3, last)
     random = np.random.default_rng()
     prompt = random.integers(0, 3, size=40)
     prompt[:3] = prompt[-1], (prompt[-1] + 1) % 3, prompt[-1]

@@ -49,8 +49,9 @@ def _test_plateau_area(candidate) -> None:
     why = "L = 2 + (x^2 + y^2)/2, 1 % above 2: the circle x^2 + y^2 = 0.04"
     expect(candidate(np.eye(2), 2.0, 0.01), np.pi * 0.04, why)
     random = np.random.default_rng()
-    root = random.normal(size=(2, 2))
-    hessian = root @ root.T + 0.3 * np.eye(2)
+    a, b = random.uniform(0.5, 3, 2)
+    tilt = random.uniform(0.3, 0.8) * np.sqrt(a * b)  # so that its axes are far from x and y
+    hessian = np.array([[a, tilt], [tilt, b]])
     least, within = float(random.uniform(1.5, 4)), float(random.uniform(0.001, 0.02))
     right = _plateau_area(hessian, least, within)
     det = float(np.linalg.det(hessian))

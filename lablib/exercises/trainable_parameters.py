@@ -16,8 +16,8 @@ def _count(in_features: int, out_features: int) -> tuple[int, int]:
 def _test_count(candidate) -> None:
     why = "4 numbers in, 4 out: two diagonals of 4, in the place of 16"
     expect(candidate(4, 4), (8, 16), why)
-    why = "3 in and 10 out: padded to 4, three products of 8 numbers, in the place of 30"
-    expect(candidate(3, 10), (24, 30), why)
+    why = "3 in and 8 out: padded to 4, two products of 8 numbers, in the place of 24"
+    expect(candidate(3, 8), (16, 24), why)
     random = np.random.default_rng()
     ins, outs = int(random.integers(33, 60)), int(random.integers(130, 190))
     trained, dense = _count(ins, outs)
