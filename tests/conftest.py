@@ -21,7 +21,8 @@ if not torch.cuda.is_available():
 def tells_right_from_wrong():
     """Check an exercise: its reference passes; the untouched stub and wrong answers fail.
 
-    A wrong answer must return something: one that raises would fail any test.
+    A wrong answer must return something: one that raises would fail any test. Inputs are random: an
+    answer that passes once in a few hundred draws, and not in the twenty after that, is told.
     """
     from lablib.lab.grading import outcome
 
@@ -34,6 +35,9 @@ def tells_right_from_wrong():
         assert outcome(exercise, stub)[0] == "untried"
         for candidate in wrong:
             kind, text = outcome(exercise, candidate)
+            if kind == "correct":  # by the luck of one draw? Then the next ones tell
+                again = [outcome(exercise, candidate) for _ in range(20)]
+                kind, text = max(again, key=lambda one: one[0] == "correct")
             assert kind == "wrong" and "raised" not in text, text
 
     return check
