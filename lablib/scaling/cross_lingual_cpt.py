@@ -49,6 +49,11 @@ def transferred_data(tokens: Number, from_scratch: Number) -> Number:
     return from_scratch - tokens
 
 
+def forgotten(before: Number, after: Number) -> Number:
+    """Nats that the first language has lost: its loss after the second minus its loss before."""
+    return after - before
+
+
 def tokens_to(tokens: np.ndarray, losses: np.ndarray, target: Number) -> Number:
     """Tokens at which measured losses reach a target: straight lines in log-log coordinates.
 

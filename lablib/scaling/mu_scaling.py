@@ -8,6 +8,7 @@ that it works, and the law.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -127,6 +128,8 @@ def coordinate_check(
         before = coordinates(model, tokens)
         train(model)
         checked[width] = moved(before, coordinates(model, tokens))
+        del model
+        gc.collect()  # a trainer and its model refer to each other, and would stay beside the next
     return checked
 
 

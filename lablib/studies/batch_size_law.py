@@ -1,9 +1,10 @@
 """The study of scaling laws and batch size (Shuai et al., 2024): a part of the theme's grid, read.
 
-Batches, rates and sizes are the shared grid's part "batch-rate": three rates for each batch, moved
-to where the best lies on another seed. Its amounts of text are 128 KiB, 512 KiB and 2 MiB, for the
-smallest model alone all three; cut for time: 1 and 4 MiB, and batches above 4 KiB. Points of its
-own:
+Batches, rates and sizes are the shared grid's part "batch-rate": three rates for each batch, around
+a middle that was tuned on another seed. Three sizes read 128 and 512 KiB, the smallest 2 MiB, too;
+cut for time: 4 MiB, 1 MiB of the larger ones, and batches above 4 KiB. Of the largest size, which
+the plan had not here, most batches and the second text came later, on the same seeds; the lab tells
+what the frontier said without them. Points of its own:
 - laws: no training. One number a seed from the grid's rows: the exponent of the rate in the batch,
   those of steps and batch along the compute frontier, and what the batch foretold from less text
   loses on the most text, beside the batch that was best on the least. A sum of the rows' losses is

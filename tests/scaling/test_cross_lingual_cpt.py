@@ -75,6 +75,10 @@ def test_tokens_from_scratch_reach_the_same_loss():
     np.testing.assert_allclose(cpt.transferred_data(D, needed), shares * needed)
 
 
+def test_what_is_forgotten_is_how_far_the_loss_rose():
+    np.testing.assert_allclose(cpt.forgotten(2.4, np.array([3.68, 2.3])), [1.28, -0.1])
+
+
 def test_the_laws_meet_where_continuing_stops_to_pay():
     N = np.array([1e8, 1e9, 5.5e9])
     D = cpt.pays_until(SCRATCH, CONTINUED, N)
@@ -137,14 +141,17 @@ def test_replay_mixes_all_of_the_target_with_the_first_of_the_source():
         cpt.replay(source, target, 1)
 
 
+PARAMETERS = dict(zip(study.SIZES, (13_408, 26_784, 55_536, 150_976)))
+
+
 def made_up(**changes):
     """Rows of a study whose losses are the laws', with no noise."""
     values = {"E": 1.0, "A": 6.0, "alpha": 0.3, "B": 60.0, "beta": 0.35}
     joint = values | {"B": 40.0, "beta": 0.32, "gamma": 0.03} | changes
     rows = []
     for kind in study.PLAN:
-        language, _, dim, start, tokens, replay = kind
-        N = {16: 3376, 32: 13024, 48: 56208}[dim]
+        language, layers, dim, start, tokens, replay = kind
+        N = PARAMETERS[layers, dim]
         law = joint if start == "english" else values
         loss = cpt.loss(law, N, max(tokens, 1000)) + 0.01 * (language == "hebrew")
         rows.append([*kind, N, loss, 3 - replay])
@@ -158,6 +165,14 @@ def test_the_study_finds_laws_that_made_its_rows():
     assert made["loss_continued"] < made["loss_scratch"]
     assert made["saved_early"] > made["saved_chichewa"] > 0
     assert (made["english_after"], made["english_replay"]) == (3.0, 2.9)
+
+
+def test_laws_are_asked_for_the_largest_size_which_they_have_not_seen():
+    rows = [
+        [*row[:7], row[7] * (1.1 if row[2] == 64 and row[3] == "english" else 1), row[8]]
+        for row in made_up()
+    ]
+    assert study.compared(rows)["error_joint"] == pytest.approx(np.log(1.1), abs=1e-3)
 
 
 def test_no_language_trains_on_a_book_that_another_is_judged_on():
@@ -198,12 +213,14 @@ def test_runs_of_a_seed_are_read_together():
 
 
 def test_continued_and_fresh_models_were_tuned_alike():
-    """In each language one rate of those tried is best for both starts, and it is the study's."""
+    """Of the rates that were tried for each start, the study has the best one."""
     losses = {}
     for run in Study(paper("cross-lingual-cpt")).runs("TUNING"):
         for row in study.named(run["rows"]):
             where = row["language"], row["dim"], row["start"]
             losses.setdefault(where, {})[run["factor"]] = row["loss"]
-    assert len(losses) == 6 and all(len(tried) == 4 for tried in losses.values())
-    for (language, _, _), tried in losses.items():
-        assert min(tried, key=tried.get) == study.RATES[language]
+    assert len(losses) == 8 and all(len(tried) >= 4 for tried in losses.values())
+    for (language, dim, start), tried in losses.items():
+        other = study.CONTINUED.get((language, dim)) if start == "english" else None
+        best = min(tried, key=tried.get)
+        assert best == (other or study.RATES[language]) < max(tried)

@@ -165,6 +165,19 @@ def test_exercises_tell_right_from_wrong(name, tells_right_from_wrong):
     tells_right_from_wrong(getattr(exercises, name), WRONG[name])
 
 
+def test_code_stands_in_the_place_of_the_last_four_of_eight_passes():
+    from lablib.evidence.studies import matching
+    from lablib.studies import data_constrained as study
+
+    repeated = study.ROLES["code"]["baseline"]
+    assert repeated["tokens"] == 8 * repeated["unique"]
+    for point in matching(study.POINTS, kind="code"):
+        assert point["tokens"] == repeated["tokens"] and point["unique"] == repeated["unique"]
+        assert point["passes"] * point["unique"] == point["tokens"] // 2
+    runs = [*study.POINTS, *matching(study.scaling_grid.POINTS, part="repetition")]
+    assert len(matching(runs, **repeated)) == 5, "one a seed"
+
+
 def test_the_laws_were_fitted_to_the_grid_that_is_stored():
     from lablib.evidence.studies import matching
     from lablib.evidence.studies import study as find

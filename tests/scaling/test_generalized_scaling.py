@@ -189,7 +189,7 @@ def first_seeds_rows():
     from lablib.evidence.studies import study as find
 
     runs = matching(find("generalized-scaling").runs(), seed=0)
-    return study.rows_of(next(run for run in runs if "c" in run))
+    return study.rows_of(next(run for run in runs if "error_told" in run))
 
 
 def test_wider_bounds_find_the_same_law_and_on_few_rows_a_lower_one():

@@ -240,6 +240,21 @@ def test_drift_is_the_exponent_of_the_best_rate_without_its_sign():
     assert study.drift(runs) == pytest.approx(1.0)
 
 
+def test_drift_is_judged_on_five_widths_of_seeds_of_its_own():
+    runs = [
+        point | {"N": 1, "loss": math.log2(point["lr"] * (point["dim"] / 32) ** slope / 0.008) ** 2}
+        for seed in study.LATER
+        for point in study.valleys(seed, study.FIVE)
+        for slope in [1.0 if point["parametrization"] == "standard" else 0.1]
+    ]
+    pairs = study.drifts(runs, study.LATER, study.LADDER)
+    assert [pair.seed for pair in pairs] == list(study.LATER)
+    for pair in pairs:
+        assert (pair.method, pair.baseline) == pytest.approx((0.1, 1.0), abs=0.03)
+    assert study.LADDER[-1] == study.WIDEST and len(study.LADDER) == 5
+    assert study.judged_first(runs) == study.judged_second(runs) == []
+
+
 def test_a_law_is_told_the_narrower_models_at_the_bases_rate_alone():
     runs = [run("mup", dim, study.RATE, 2 + 5 * dim**-0.8) for dim in study.WIDTHS]
     widest = run("mup", study.WIDEST, study.RATE, 2.2)
@@ -255,15 +270,30 @@ def test_method_and_baseline_are_given_as_many_rates_and_the_same_ones_at_the_ba
     assert study.TRIED["mup"][study.BASE] == study.TRIED["standard"][study.BASE]
 
 
-def test_seeds_of_the_drift_have_five_rates_around_the_same_middles_and_were_not_seen_before():
-    assert not set(study.SEEDS) & set(study.FRESH)
-    for kind in study.BOTH:
-        for dim in study.SEARCHED:
-            lr = study.WIDER[kind][dim]
-            assert lr[1:-1] == study.TRIED[kind][dim] and len(lr) == 5
-            np.testing.assert_allclose(np.diff(np.log2(lr)), 1.0)
-    points = [p for p in study.POINTS if p["seed"] in study.FRESH]
-    assert len(points) == 25 * len(study.FRESH)
+@pytest.mark.parametrize(
+    ("seeds", "rates", "count"),
+    [(study.FRESH, study.WIDER, 25), (study.LATER, study.FIVE, 45)],
+    ids=["three widths", "five widths"],
+)
+def test_seeds_of_the_drift_have_five_rates_about_a_factor_2_apart(seeds, rates, count):
+    for kind, of in rates.items():
+        for dim, lr in of.items():
+            assert len(lr) == 5
+            np.testing.assert_allclose(np.diff(np.log2(lr)), 1.0, atol=0.1)
+            if dim in study.SEARCHED:
+                assert lr[1:-1] == study.TRIED[kind][dim]
+    points = [p for p in study.POINTS if p["seed"] in seeds]
+    assert len(points) == count * len(seeds)
+
+
+def test_each_design_of_the_drift_has_seeds_of_its_own():
+    seeds = [*study.SEEDS, *study.FRESH, *study.LATER]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_searched_is_compared_with_untuned_at_any_width():
+    runs = [run("mup", 256, lr, loss) for lr, loss in ((0.004, 2.5), (study.RATE, 2.6))]
+    assert (study.untuned(runs, 256), study.tuned(runs, 256)) == (2.6, 2.5)
 
 
 def as_drawn(ins, outs, base_ins, base_outs):
