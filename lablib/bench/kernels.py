@@ -56,7 +56,7 @@ def show(case: Case, limits: dict[str, float], repeats: int) -> Row:
             continue
         row[key] = seconds = statistics.median(times[key])
         ratio = statistics.median(time / own for time, own in zip(times[key], ours))
-        shares = _shares(case, seconds, limits)
+        shares = _shares(case, key, seconds, limits)
         print("  ".join([f"  {key:36} {1e3 * seconds:9.2f} ms  {ratio:5.2f} x ours", *shares]))
     return row
 
@@ -76,12 +76,12 @@ def _times(ways: dict[str, Way], case: Case, repeats: int) -> dict[str, list[flo
     return {key: [seconds[key][0] for seconds in rounds] for key in ways}
 
 
-def _shares(case: Case, seconds: float, limits: dict[str, float]) -> list[str]:
-    shares = []
+def _shares(case: Case, way: str, seconds: float, limits: dict[str, float]) -> list[str]:
+    shares, moved = [], case.other_moved.get(way, case.moved)
     if case.flops:
         shares.append(f"{case.flops / seconds / limits['flops']:5.0%} of peak FLOP/s")
-    if case.moved:
-        shares.append(f"{case.moved / seconds / limits['bandwidth']:5.0%} of bandwidth")
+    if moved:
+        shares.append(f"{moved / seconds / limits['bandwidth']:5.0%} of bandwidth")
     return shares
 
 

@@ -99,14 +99,15 @@ class QuantizedWeight:
             self.packed, self._each(self.scale), self.zero, self.bits, self.size, self.group
         )
 
-    def matmul(self, x: Tensor, turned: one_token.Turned | None = None) -> Tensor:
+    def matmul(self, x: Tensor, turned: one_token.Turned | one_token.Int4 | None = None) -> Tensor:
         """x (..., in) -> (..., out), by `dequant_matmul`; turned: what `turn` gave."""
         scale = self._each(self.scale)
         return dequant_matmul(x, self.packed, scale, self.zero, self.bits, self.group, turned)
 
-    def turn(self) -> one_token.Turned:
-        """The same once more, as one token on CPU reads it fastest."""
-        return one_token.turn(self.packed, self._each(self.scale), self.zero, self.bits, self.size)
+    def turn(self, dtype: torch.dtype = torch.float32) -> one_token.Turned | one_token.Int4:
+        """The same once more, as one token of this dtype on CPU reads it fastest."""
+        parts = (self.packed, self._each(self.scale), self.zero)
+        return one_token.turn(*parts, self.bits, self.size, self.group, dtype)
 
     def stored_bytes(self) -> int:
         """Of codes, scales and zeros."""
@@ -206,7 +207,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zero", weight.zero)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self._turned: one_token.Turned | None = None
+        self._turned: dict[torch.dtype, one_token.Turned | one_token.Int4] = {}
 
     @property
     def quantized(self) -> QuantizedWeight:
@@ -216,17 +217,17 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
-        if self._turned is None and one_token.fits(x):
-            self._turned = self.quantized.turn()
-        out = self.quantized.matmul(x, self._turned)
+        if x.dtype not in self._turned and one_token.fits(x):
+            self._turned[x.dtype] = self.quantized.turn(x.dtype)
+        out = self.quantized.matmul(x, self._turned.get(x.dtype))
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def _apply(self, *args, **kwargs):
-        self._turned = None  # buffers move, or change
+        self._turned = {}  # buffers move, or change
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self._turned = None
+        self._turned = {}
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:

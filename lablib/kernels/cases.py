@@ -1,7 +1,7 @@
 """What an op's `bench.py` is made of: the ways to compute one thing, on the same inputs."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 
 import torch
@@ -14,6 +14,7 @@ from lablib.resources import Way
 class Case:
     """One table, our way first. flops, moved (bytes): of one run, for the share of limits.
 
+    other_moved: bytes of the ways that move others than ours do.
     repeats: at most so many rounds, for what takes long.
     """
 
@@ -21,6 +22,7 @@ class Case:
     ways: dict[str, Way]
     flops: float = 0.0
     moved: float = 0.0
+    other_moved: Mapping[str, float] = field(default_factory=dict)
     repeats: int | None = None
 
 

@@ -130,7 +130,7 @@ ROLES = {
     "not-once": {"method": "error_decay", "baseline": "error_unique", "control": None},
     "code": {
         "method": {"kind": "code", "part": None},
-        "baseline": REPEATED | {"kind": None, "unique": 256 * KB},
+        "baseline": REPEATED | {"kind": None},
         "control": REPEATED | {"tokens": MB, "unique": 256 * KB},  # four passes, and no code
     },
 }

@@ -272,7 +272,7 @@ def ways(size: int, tokens: int) -> dict:
     """Products of the same shape: in float32, in our layers, and in torch's own fused ops.
 
     int8 has one scale a row, int4 one for each 64 neighbours. Ours read one token from codes that
-    lie ready for it, as they do from a model's second token on.
+    lie ready for it, as they do from a model's second token on; "half" is their input in bfloat16.
     """
     torch.manual_seed(0)
     weight, x = torch.randn(size, size) / size**0.5, torch.randn(tokens, size)
@@ -288,6 +288,7 @@ def ways(size: int, tokens: int) -> dict:
         "bfloat16_seconds": lambda: half @ short.t(),
         "int8_seconds": lambda: ours[8](x),
         "int4_seconds": lambda: ours[4](x),
+        "half_int4_seconds": lambda: ours[4](half),
         "fused_int8_seconds": lambda: torch._weight_int8pack_mm(half, signed, by),
         "fused_int4_seconds": lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(
             half, codes, 64, both

@@ -161,24 +161,42 @@ ONE_TOKEN = [(64, 48, 32), (70, 33, 16), (128, 65, 128), (7, 1, 7)]
 @pytest.mark.parametrize("zeros", ["each", "row", "one"])
 def test_one_token_has_a_way_of_its_own(bits, shape, zeros, dtype, close, monkeypatch):
     x, *weight = _inputs(bits, 1, *shape, zeros=zeros)
-    turned = one_token.turn(*weight, bits, shape[0])
+    turned = one_token.turn(*weight, bits, shape[0], shape[-1], dtype)
     monkeypatch.setattr(module, "_product", None)  # the tiles are not asked
     out = dequant_matmul(x.to(dtype), *weight, bits, shape[-1], turned)
     assert out.dtype == dtype
     close(out, naive.dequant_matmul(x.to(dtype), *weight, bits, shape[-1]))
 
 
+@pytest.mark.skipif(not one_token.BUILT, reason="PyTorch without FBGEMM")
+def test_one_token_in_bfloat16_takes_torchs_own_product_with_4_bits():
+    x, *weight = _inputs(4, 1, 64, 48, 32)
+    kinds = {
+        dtype: one_token.turn(*weight, 4, 64, 32, dtype) for dtype in (torch.bfloat16, x.dtype)
+    }
+    assert [type(kind) for kind in kinds.values()] == [one_token.Int4, one_token.Turned]
+    assert kinds[torch.bfloat16].codes.nbytes == 48 * 64 / 2
+    x, *odd = _inputs(4, 1, 64, 33, 32)  # 33 outputs: torch's product takes sixteens
+    assert isinstance(one_token.turn(*odd, 4, 64, 32, torch.bfloat16), one_token.Turned)
+
+
+def test_a_layout_for_bfloat16_is_not_read_in_another_dtype(close):
+    x, *weight = _inputs(4, 1, 64, 48, 32)
+    turned = one_token.turn(*weight, 4, 64, 32, torch.bfloat16)
+    close(dequant_matmul(x, *weight, 4, 32, turned), naive.dequant_matmul(x, *weight, 4, 32))
+
+
 def test_codes_that_are_laid_out_again_take_as_many_bytes():
     for bits, width in one_token.WIDTHS.items():
         _, *weight = _inputs(bits, 1, 256, 512, 64)
-        turned = one_token.turn(*weight, bits, 256)
+        turned = one_token.turn(*weight, bits, 256, 64)
         ends = 256 * (8 if width == 8 else 4)
         assert turned.codes.nbytes == 256 * 512 * width / 8 + ends
 
 
 def test_several_tokens_and_those_that_learn_go_by_tiles(gradients):
     x, *weight = _inputs(4, 2, 64, 48, 32)
-    turned = one_token.turn(*weight, 4, 64)
+    turned = one_token.turn(*weight, 4, 64, 32)
     wrong = turned._replace(scale=turned.scale * 0)  # were it read, all outputs would be near 0
     expected = naive.dequant_matmul(x, *weight, 4, 32)
     torch.testing.assert_close(dequant_matmul(x, *weight, 4, 32, wrong), expected)
@@ -189,7 +207,7 @@ def test_several_tokens_and_those_that_learn_go_by_tiles(gradients):
 
 def test_without_fbgemm_one_token_goes_by_tiles(monkeypatch):
     x, *weight = _inputs(4, 1, 64, 48, 32)
-    turned = one_token.turn(*weight, 4, 64)
+    turned = one_token.turn(*weight, 4, 64, 32)
     monkeypatch.setattr(one_token, "BUILT", False)
     wrong = turned._replace(scale=turned.scale * 0)
     expected = naive.dequant_matmul(x, *weight, 4, 32)

@@ -109,6 +109,17 @@ def test_the_studys_table_of_a_known_law():
     assert len(never[0]) == 0
 
 
+def test_the_exponent_in_size_is_a_slope_over_all_sizes():
+    flat, steep = study.made_up(7), study.made_up(7, by_size=0.3)
+    largest = [row if row["dim"] < 64 else other for row, other in zip(flat, steep, strict=True)]
+    slopes = [study.exponents(rows)["in_size"] for rows in (flat, largest, steep)]
+    assert abs(slopes[0]) < 1e-3 and slopes[0] + 0.05 < slopes[1] < slopes[2] < 0.3
+    sizes, seen = np.array([1e4, 5e4, 2e5]), np.array(study.TARGETS)
+    exact = 3 * sizes[:, None] ** 0.2 * seen**0.4
+    assert study.slopes(exact, sizes) == pytest.approx((0.4, 0.2))
+    assert study.slopes(exact[:2], sizes[:2]) == pytest.approx((0.4, 0.2))
+
+
 def from_zero(a, b, optimal, overhead):
     return overhead * b / a
 

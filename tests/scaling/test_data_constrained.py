@@ -170,11 +170,12 @@ def test_code_stands_in_the_place_of_the_last_four_of_eight_passes():
     from lablib.studies import data_constrained as study
 
     repeated = study.ROLES["code"]["baseline"]
-    assert repeated["tokens"] == 8 * repeated["unique"]
+    (unique,) = {point["unique"] for point in matching(study.POINTS, kind="code")}
     for point in matching(study.POINTS, kind="code"):
-        assert point["tokens"] == repeated["tokens"] and point["unique"] == repeated["unique"]
-        assert point["passes"] * point["unique"] == point["tokens"] // 2
-    runs = [*study.POINTS, *matching(study.scaling_grid.POINTS, part="repetition")]
+        assert point["tokens"] == repeated["tokens"] == 8 * unique
+        assert point["passes"] * unique == point["tokens"] // 2
+    runs = matching(study.scaling_grid.POINTS, part="repetition", unique=unique)
+    repeated = {key: value for key, value in repeated.items() if key != "kind"}
     assert len(matching(runs, **repeated)) == 5, "one a seed"
 
 

@@ -223,6 +223,15 @@ def test_the_study_matches_flops():
     assert tp.training_flops(tp.Counts(1, 1), study.LONGER) == pytest.approx(doped, rel=0.005)
 
 
+def test_the_study_has_six_doped_and_four_structured_models_each_tuned_on_two_seeds():
+    assert (len(study.LADDER), len(study.DOPED), len(study.STRUCTURED)) == (6, 6, 4)
+    assert len(set(study.KINDS)) == 16 and {kind[2] for kind in study.DOPED} == {32, 48}
+    for kind in (*study.DOPED, *study.STRUCTURED, study.BASE, study.LADDER[3]):
+        tried = [(p["seed"], p["lr"]) for p in study.TUNING if kind in p["kinds"]]
+        assert len(tried) == len(set(tried)) == 6 and {seed for seed, _ in tried} == {100, 101}
+        assert study.RATES[kind[2]] == sorted({lr for _, lr in tried})[1], "the middle one"
+
+
 def test_structured_models_of_transformers():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

@@ -22,15 +22,15 @@ def dequant_matmul(
     zero: Tensor,
     bits: int,
     group: int,
-    turned: one_token.Turned | None = None,
+    turned: one_token.Turned | one_token.Int4 | None = None,
 ) -> Tensor:
     """Multiply x with W^T, W = scale (code - zero) in groups along its input axis.
 
     x: (..., in) floating; packed: (out, bytes) uint8, codes of `bits` bits each as
     `naive.pack` lays them out; scale: (out, groups); zero: (out or 1, groups or 1), any real
     numbers; groups = in / group, the last may be shorter. turned: the same weight as
-    `one_token.turn` lays it out, read where `one_token.fits`. Returns (..., out) in x's dtype,
-    differentiable in x alone. Follows autocast as nn.Linear does.
+    `one_token.turn` lays it out for x's dtype, read where `one_token.fits`.
+    Returns (..., out) in x's dtype, differentiable in x alone. Follows autocast as nn.Linear does.
     Raises ValueError when bits are not 2 to 8, shapes do not fit, or a gradient of scales is asked.
     """
     _check(x, packed, scale, zero, bits, group)
@@ -38,8 +38,8 @@ def dequant_matmul(
     flat = x.reshape(-1, x.shape[-1])
     if forward_mode():
         out = naive.dequant_matmul(flat, packed, scale, zero, bits, group)
-    elif turned is not None and one_token.fits(flat):
-        out = one_token.product(flat.float(), turned, group).to(x.dtype)
+    elif turned is not None and one_token.fits(flat, turned):
+        out = one_token.product(flat, turned, group)
     else:
         out = _product(flat, packed, scale, zero, bits, group)
     return out.view(*x.shape[:-1], len(packed))

@@ -25,17 +25,22 @@ def ways(bits: int, tokens: int, device: str, dtype: torch.dtype) -> dict[str, W
     fast = compiled(plain)
     weight = definition.dequantize(packed, scale, zero, bits, SIZE, group).to(dtype)
     small = packed, scale, zero, bits
-    turned = one_token.turn(*small, SIZE) if one_token.fits(x) else None
+    turned = one_token.turn(*small, SIZE, group, dtype) if one_token.fits(x) else None
     tiles = {"ours, in tiles": lambda: dequant_matmul(x, *small, group)} if turned else {}
     return {
         "ours": lambda: dequant_matmul(x, *small, group, turned),
         **tiles,
-        f"{str(dtype).removeprefix('torch.')} matmul": lambda: x @ weight.t(),
+        _wide(dtype): lambda: x @ weight.t(),
         "naive": lambda: plain(x, packed, scale, zero, bits, group),
         "torch.compile of naive": lambda: fast(x, packed, scale, zero, bits, group),
         **_torchs(x, codes, scale, bits),
         **_torchaos(x, weight, bits, group),
     }
+
+
+def _wide(dtype: torch.dtype) -> str:
+    """The way that reads the weight as it was."""
+    return f"{str(dtype).removeprefix('torch.')} matmul"
 
 
 def _torchs(x: Tensor, codes: Tensor, scale: Tensor, bits: int) -> dict[str, Way]:
@@ -79,7 +84,7 @@ def _torchaos(x: Tensor, weight: Tensor, bits: int, group: int) -> dict[str, Way
 
 
 def cases(device: str, dtype: torch.dtype) -> list[Case]:
-    """1, 16 and 512 tokens through one projection; moved: the bytes of codes and scales."""
+    """1, 16 and 512 tokens through one projection; moved: codes and scales, or the weight."""
     found = []
     for bits in (8, 4):
         for tokens in (1, 16, 512):
@@ -88,5 +93,7 @@ def cases(device: str, dtype: torch.dtype) -> list[Case]:
             stored = SIZE * SIZE * bits // 8 + scales
             size = f"{SIZE} to {SIZE}, {stored / 1e6:.1f} MB stored"
             title = f"dequant_matmul, {bits} bits, {tokens} tokens, {size}, forward"
-            found.append(Case(title, given, flops=2 * tokens * SIZE**2, moved=stored, repeats=11))
+            options = {"flops": 2 * tokens * SIZE**2, "moved": stored, "repeats": 11}
+            wide = {_wide(dtype): SIZE * SIZE * dtype.itemsize}
+            found.append(Case(title, given, **options, other_moved=wide))
     return found

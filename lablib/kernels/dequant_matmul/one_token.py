@@ -10,8 +10,11 @@ y = sum over groups g of scale_g (sum over k in g of x_k code[:, k] - zero_g sum
 At 4,096 x 4,096 on one thread this takes about a third of a float32 product's time with 4 bits or
 8, where tiles, unpacked by PyTorch's own operations, take 1.7 and 0.9 times as long. A call has
 about 30 us to itself: matrices of a few hundred rows that lie in the cache are slower than in
-float32. torch's own product with 4 bits takes two thirds of this one's time where x is bfloat16;
-it rounds scales to bfloat16, wants a third layout, and takes nine times as long where x is float32.
+float32.
+
+Where x is bfloat16 and codes have 4 bits, torch has a product that takes half to two thirds of that
+time, with a layout of its own. Scales are rounded to bfloat16 there, as x and the result are. In
+float32 it takes nine times as long.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ BUILT = "fbgemm" in torch.backends.quantized.supported_engines
 WIDTHS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 
 
+INT4_GROUPS = (32, 64, 128, 256)  # of torch's own product with 4 bits
+
+
 class Turned(NamedTuple):
     """codes: (in, bytes) uint8, a table; scale: (groups, out); zero: (groups or 1, out or 1)."""
 
@@ -37,22 +43,45 @@ class Turned(NamedTuple):
     width: int
 
 
-def fits(x: Tensor) -> bool:
-    """Whether x is one token on CPU whose product nobody differentiates, and torch has the sum."""
+class Int4(NamedTuple):
+    """codes: as torch lays 4 bits out; scale_and_zero: (groups, out, 2) bfloat16."""
+
+    codes: Tensor
+    scale_and_zero: Tensor
+
+
+def fits(x: Tensor, weight: Turned | Int4 | None = None) -> bool:
+    """Whether x is one token on CPU whose product nobody differentiates, and torch has the sum.
+
+    weight: for this one; `Int4` is for bfloat16 alone.
+    """
+    if isinstance(weight, Int4) and x.dtype != torch.bfloat16:
+        return False
     one = x.is_cpu and 0 < x.numel() == x.shape[-1] and not torch.compiler.is_compiling()
     learned = torch.is_grad_enabled() and x.requires_grad
     return BUILT and one and not learned
 
 
-def turn(packed: Tensor, scale: Tensor, zero: Tensor, bits: int, size: int) -> Turned:
-    """The weight once more, a row for each input; arguments as `dequant_matmul`'s.
+def turn(
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: int,
+    size: int,
+    group: int,
+    dtype: torch.dtype = torch.float32,
+) -> Turned | Int4:
+    """The weight once more, as tokens of a dtype read it fastest; arguments as `dequant_matmul`'s.
 
     Takes as many bytes as the codes do, 3 bits as many as 4 and 5 to 7 as many as 8, and 4 for each
     scale, and zero where each group has its own.
     """
+    codes = naive.unpack(packed, bits, size)
+    whole = len(codes) % 16 == 0 and size % group == 0 and group in INT4_GROUPS
+    if dtype == torch.bfloat16 and bits == 4 and whole:
+        return _int4(codes, scale.float(), zero.float())
     width = WIDTHS[bits]
     per = 8 // width
-    codes = naive.unpack(packed, bits, size)
     codes = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % per))
     table = codes[::per].clone()  # byte j of a row: the outputs per * j, per * j + 1, ...
     for place in range(1, per):
@@ -64,8 +93,22 @@ def turn(packed: Tensor, scale: Tensor, zero: Tensor, bits: int, size: int) -> T
     return Turned(torch.cat([table.t(), ends], 1), *turned, width)
 
 
-def product(x: Tensor, weight: Turned, group: int) -> Tensor:
-    """x (1, in) float32 -> (1, out) float32."""
+def _int4(codes: Tensor, scale: Tensor, zero: Tensor) -> Int4:
+    """torch's layout, whose weights are scale (code - 8) + shift."""
+    shift = (8 - zero).expand_as(scale) * scale
+    both = torch.stack([scale, shift], -1).transpose(0, 1)  # (groups, out, 2)
+    laid_out = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    return Int4(laid_out, both.to(torch.bfloat16).contiguous())
+
+
+def product(x: Tensor, weight: Turned | Int4, group: int) -> Tensor:
+    """x (1, in) -> (1, out) in its dtype, which is bfloat16 for `Int4`."""
+    if isinstance(weight, Int4):
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight.codes, group, weight[1])
+    return _summed(x.float(), weight, group).to(x.dtype)
+
+
+def _summed(x: Tensor, weight: Turned, group: int) -> Tensor:
     rows, starts = torch.arange(x.shape[1]), torch.arange(0, x.shape[1], group)
     bag = {
         8: torch.ops.quantized.embedding_bag_byte_rowwise_offsets,
