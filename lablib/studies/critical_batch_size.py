@@ -110,6 +110,17 @@ def curve(row: dict, window: int) -> list[tuple[float, float]]:
     return [(every * (i + 1), loss) for i, loss in enumerate(losses)]
 
 
+def at_the_end(runs: list, dim: int, batch: int = 2048) -> np.ndarray:
+    """Losses of the last weights, of the best average, and after a cosine: (seeds, 3)."""
+    made = []
+    for row in matching(runs, part="steps", dim=dim, batch=batch):
+        alike = {key: row[key] for key in ("N", "tokens", "batch", "seed")}
+        (falling,) = matching(runs, part="size-data", **alike)
+        average = min(losses[-1] for losses in row["averaged"])
+        made.append((row["curve"][-1], average, falling["curve"][-1]))
+    return np.array(made)
+
+
 def made_up(seed: int, by_size: float = 0.0) -> list[dict]:
     """A table of rows whose losses follow a law: what the canary reads.
 

@@ -154,3 +154,12 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_exercises_tell_right_from_wrong(name, tells_right_from_wrong):
     tells_right_from_wrong(getattr(exercises, name), WRONG[name])
+
+
+def test_the_last_weights_an_average_and_a_cosine_stand_side_by_side():
+    from lablib.evidence.studies import study as find
+    from lablib.studies import critical_batch_size as study
+
+    losses = study.at_the_end(find("critical-batch-size").runs(), dim=64)
+    assert losses.shape == (5, 3)
+    assert (losses[:, 1] < losses[:, 0]).all(), "at a constant rate averaged weights are better"
