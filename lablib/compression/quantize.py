@@ -99,12 +99,12 @@ class QuantizedWeight:
             self.packed, self._each(self.scale), self.zero, self.bits, self.size, self.group
         )
 
-    def matmul(self, x: Tensor, turned: one_token.Turned | one_token.Int4 | None = None) -> Tensor:
+    def matmul(self, x: Tensor, turned: one_token.LaidOut | None = None) -> Tensor:
         """x (..., in) -> (..., out), by `dequant_matmul`; turned: what `turn` gave."""
         scale = self._each(self.scale)
         return dequant_matmul(x, self.packed, scale, self.zero, self.bits, self.group, turned)
 
-    def turn(self, dtype: torch.dtype = torch.float32) -> one_token.Turned | one_token.Int4:
+    def turn(self, dtype: torch.dtype = torch.float32) -> one_token.LaidOut:
         """The same once more, as one token of this dtype on CPU reads it fastest."""
         parts = (self.packed, self._each(self.scale), self.zero)
         return one_token.turn(*parts, self.bits, self.size, self.group, dtype)
@@ -207,7 +207,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zero", weight.zero)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self._turned: dict[torch.dtype, one_token.Turned | one_token.Int4] = {}
+        self._turned: dict[torch.dtype, one_token.LaidOut] = {}
 
     @property
     def quantized(self) -> QuantizedWeight:

@@ -32,6 +32,7 @@ import numpy as np
 from lablib.data import Batches, documents, load
 from lablib.data.byte_texts import ByteText, mixed
 from lablib.evidence import Pair
+from lablib.evidence.studies import against
 from lablib.models import GPT
 from lablib.scaling import cross_lingual_cpt as cpt
 from lablib.scaling import laws
@@ -255,18 +256,14 @@ CANARY = {
 }
 
 
-def versus(method: str, baseline: str) -> dict:
-    """A claim's roles. No control is stored: what lacks English, or replay, is the baseline."""
-    return {"method": method, "baseline": baseline, "control": None}
-
-
+# No control is stored: what lacks English, or replay, is the baseline.
 ROLES = {
-    "continued": versus("loss_continued", "loss_scratch"),
-    "joint": versus("error_joint", "error_plain"),
-    "script": versus("saved_chichewa", "saved_hebrew"),
-    "replay": versus("english_replay", "english_after"),
-    "fades": versus("saved_early", "saved_chichewa"),
-    "larger": versus("saved_chichewa", "saved_small"),
+    "continued": against("loss_continued", "loss_scratch"),
+    "joint": against("error_joint", "error_plain"),
+    "script": against("saved_chichewa", "saved_hebrew"),
+    "replay": against("english_replay", "english_after"),
+    "fades": against("saved_early", "saved_chichewa"),
+    "larger": against("saved_chichewa", "saved_small"),
 }
 
 

@@ -9,7 +9,7 @@ losses is kept, so that other rows are noticed.
 The study of generalized scaling reads these runs; its trainings come first.
 """
 
-from collections.abc import Iterable
+from statistics import fmean
 
 import numpy as np
 
@@ -40,7 +40,7 @@ def run(kind: str, seed: int) -> dict:
     both = [cell for cell in cells_of(rows).values() if {1, MOST} <= cell.keys()]
     made = errors | {"untold": min(errors["active"], errors["total"])}
     for name, n in (("dense", 1), ("experts", MOST)):
-        made[name] = mean(loss for cell in both for loss in cell[n])
+        made[name] = fmean(loss for cell in both for loss in cell[n])
     made |= coefficients(rows) | {"no_c": 0.0, "sum": float(sum(row["loss"] for row in rows))}
     return made if kind == "made up" else made | rivals(rows)
 
@@ -52,26 +52,18 @@ def rows_of(kind: str, seed: int) -> list[dict]:
     return seeds[seed] if kind == "grid" else [row for s in trainings.SEEDS for row in seeds[s]]
 
 
-def held_out(row: dict) -> bool:
-    """Whether laws have to predict the row: a sparse model of the largest size or of 8 experts."""
-    largest = (row["n_layers"], row["dim"]) == LARGEST
-    return row["n_experts"] > 1 and (largest or row["n_experts"] == MOST)
-
-
 def divided(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """What laws are fitted to, and what they have to predict."""
-    return [r for r in rows if not held_out(r)], [r for r in rows if held_out(r)]
+    near, far = [], []
+    for row in rows:
+        (far if trainings.left_out(row, LARGEST) else near).append(row)
+    return near, far
 
 
 def error(rows: list[dict], reading: tuple) -> float:
     """By a law that was fitted to the rest, on what is left out; reading: as in `READINGS`."""
     near, far = divided(rows)
-    return off(trainings.predicted(trainings.fitted(near, *reading), far, *reading), far)
-
-
-def off(predicted: np.ndarray, rows: list[dict]) -> float:
-    """Mean difference of the logarithms of predicted losses and the rows'."""
-    return float(np.abs(np.log(predicted) - np.log([row["loss"] for row in rows])).mean())
+    return trainings.off(trainings.predicted(trainings.fitted(near, *reading), far, *reading), far)
 
 
 def rivals(rows: list[dict]) -> dict:
@@ -81,7 +73,7 @@ def rivals(rows: list[dict]) -> dict:
     for name, (law, size) in RIVALS.items():
         best = fit(law, trainings.columns(near, size), "loss")
         table = trainings.columns(far, size)
-        made[name] = off(best.predict(N=table["N"], D=table["D"], S=table["S"]), far)
+        made[name] = trainings.off(best.predict(N=table["N"], D=table["D"], S=table["S"]), far)
         made[f"{name}_warning"] = best.warning
     return made
 
@@ -91,7 +83,7 @@ def coefficients(rows: list[dict]) -> dict[str, float]:
     law = trainings.fitted(rows)
     options = {"fixed": {"gamma": 0.0}, "starts": [law]}
     still = fit(generalized, trainings.columns(rows), "loss", **options).values
-    offs = [off(trainings.predicted(values, rows), rows) for values in (law, still)]
+    offs = [trainings.off(trainings.predicted(values, rows), rows) for values in (law, still)]
     made = {"c": law["c"], "gamma": law["gamma"], "c_still": still["c"]}
     return made | dict(zip(("off", "off_still"), offs))
 
@@ -110,12 +102,7 @@ def means(rows: list[dict], tokens: int, n_experts: int) -> np.ndarray:
     kept = matching(rows, tokens=tokens, n_experts=n_experts)
     sizes = [matching(kept, N=N) for N in sorted({row["N"] for row in kept})]
     keys = ("N", "N_total", "loss")
-    return np.array([[mean(row[key] for row in size) for size in sizes] for key in keys])
-
-
-def mean(numbers: Iterable[float]) -> float:
-    """Of numbers that come one by one."""
-    return float(np.mean(list(numbers)))
+    return np.array([[fmean(row[key] for row in size) for size in sizes] for key in keys])
 
 
 def made_up() -> list[dict]:

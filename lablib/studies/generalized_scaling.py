@@ -36,6 +36,7 @@ import torch
 
 from lablib.data import Batches, byte_text
 from lablib.evidence import Pair, grid, paired
+from lablib.evidence.studies import against
 from lablib.scaling import generalized_scaling as gs
 from lablib.studies.scaling_grid import build
 from lablib.training import evaluate, fit
@@ -130,16 +131,20 @@ def laws(rows: list[dict]) -> dict:
     for name, reading in READINGS.items():
         law = fitted([row for row in rows if not left_out(row)], *reading)
         far = [row for row in rows if left_out(row)]
-        off = np.log(predicted(law, far, *reading)) - np.log([row["loss"] for row in far])
-        made[f"error_{name}"] = float(np.abs(off).mean())
+        made[f"error_{name}"] = off(predicted(law, far, *reading), far)
     made["error_untold"] = min(made["error_active"], made["error_total"])
     return made | {"c": fitted(rows)["c"], "no_c": 0.0}
 
 
-def left_out(row: dict) -> bool:
+def off(said: np.ndarray, rows: list[dict]) -> float:
+    """Mean difference of the logarithms of predicted losses and the rows'."""
+    return float(np.abs(np.log(said) - np.log([row["loss"] for row in rows])).mean())
+
+
+def left_out(row: dict, largest: tuple[int, int] = SIZES[-1]) -> bool:
     """Whether laws have to predict the row: a sparse model of the largest size or of 8 experts."""
-    largest = (row["n_layers"], row["dim"]) == SIZES[-1]
-    return row["n_experts"] > 1 and (largest or row["n_experts"] == COUNTS[-1])
+    large = (row["n_layers"], row["dim"]) == largest
+    return row["n_experts"] > 1 and (large or row["n_experts"] == COUNTS[-1])
 
 
 def fitted(rows: list[dict], size: str = "N", told: bool = True) -> dict[str, float]:
@@ -221,17 +226,13 @@ CANARY |= {"masked": 0.5, "lr": 0.01, "windows": 16}
 READS = {"generalized-laws": {"kind": ("grid", "pooled")}}
 
 
-def versus(method: str, baseline: str) -> dict:
-    """A claim's roles. No control is stored: the baselines lack what is credited."""
-    return {"method": method, "baseline": baseline, "control": None}
-
-
+# No control is stored: the baselines lack what is credited.
 ROLES = {
-    "held-out": versus("told", "untold"),
-    "experts": versus("experts", "dense"),
-    "idle": versus("c", "no_c"),
-    "held-out-small": versus("error_told", "error_untold"),
-    "idle-small": versus("c", "no_c"),
+    "held-out": against("told", "untold"),
+    "experts": against("experts", "dense"),
+    "idle": against("c", "no_c"),
+    "held-out-small": against("error_told", "error_untold"),
+    "idle-small": against("c", "no_c"),
     "masks": {
         "method": {"sizes": [[2, 32]], "experts": [1]},
         "baseline": {"sizes": [[1, 16]], "experts": [1]},

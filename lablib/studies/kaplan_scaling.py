@@ -12,10 +12,10 @@ Rates were tuned on another seed, three a factor 2 apart for each shape, size, s
 one more where the end of the three won clearly. Cut for time: the shapes see half of a MiB, not
 one. The grid's runs from dim^-0.5 have one rate a width, whatever the budget, so that this start is
 not tuned more closely than its rivals.
-The two largest sizes of the grid, and some of its longest trainings, came later, on the same seeds;
-no claim here is judged on them, the lab's fits and its best sizes are. Its first picture shows a
-budget as a curve over N for two papers' laws, not as a line across contours in N and D: what a
-budget reaches by Kaplan's depends on the batch, too.
+The two largest sizes of the grid, and 1 MiB for 3x96, came later, on the same seeds; no claim here
+is judged on them, the lab's fits and its best sizes are. Its first picture shows a budget as a
+curve over N for two papers' laws, not as a line across contours in N and D: what a budget reaches
+by Kaplan's depends on the batch, too.
 """
 
 import numpy as np

@@ -22,6 +22,7 @@ import numpy as np
 
 from lablib.data import Batches, byte_text
 from lablib.evidence import Pair
+from lablib.evidence.studies import against
 from lablib.scaling import trainable_parameters as tp
 from lablib.scaling.inference import Fit
 from lablib.scaling.inference import fit as fit_law
@@ -152,17 +153,13 @@ CANARY = {"seed": 200, "tokens": 4 * BATCH, "longer": 0, "lr": 0.01, "windows": 
 CANARY |= {"kinds": (("units", 1, 16, 0.5), ("monarch", 1, 16, 0.0))}
 
 
-def versus(method: str, baseline: str) -> dict:
-    """A claim's roles. No control is stored: no third number of one run lacks what is credited."""
-    return {"method": method, "baseline": baseline, "control": None}
-
-
+# No control is stored: no third number of one run lacks what is credited.
 ROLES = {
-    "trainable": versus("error_trainable", "error_total"),
-    "doping": versus("gain_frozen", "half_gain_trained"),
-    "flops": versus("loss_longer", "loss_doped"),
-    "doped": versus("doped_error_trainable", "doped_error_total"),
-    "structured": versus("structured_error_trainable", "structured_error_total"),
+    "trainable": against("error_trainable", "error_total"),
+    "doping": against("gain_frozen", "half_gain_trained"),
+    "flops": against("loss_longer", "loss_doped"),
+    "doped": against("doped_error_trainable", "doped_error_total"),
+    "structured": against("structured_error_trainable", "structured_error_total"),
 }
 
 

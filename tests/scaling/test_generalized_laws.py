@@ -62,7 +62,7 @@ def test_rows_that_follow_frantars_law_are_predicted_by_it():
 
 def test_an_error_is_the_mean_difference_of_logarithms():
     rows = [{"loss": 2.0}, {"loss": 3.0}]
-    assert laws.off(np.array([2.0, 3.0 * math.e]), rows) == pytest.approx(0.5)
+    assert laws.trainings.off(np.array([2.0, 3.0 * math.e]), rows) == pytest.approx(0.5)
 
 
 def test_means_are_of_one_size_each():

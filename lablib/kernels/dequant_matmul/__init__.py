@@ -22,7 +22,7 @@ def dequant_matmul(
     zero: Tensor,
     bits: int,
     group: int,
-    turned: one_token.Turned | one_token.Int4 | None = None,
+    turned: one_token.LaidOut | None = None,
 ) -> Tensor:
     """Multiply x with W^T, W = scale (code - zero) in groups along its input axis.
 

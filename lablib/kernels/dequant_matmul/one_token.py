@@ -50,7 +50,10 @@ class Int4(NamedTuple):
     scale_and_zero: Tensor
 
 
-def fits(x: Tensor, weight: Turned | Int4 | None = None) -> bool:
+LaidOut = Turned | Int4
+
+
+def fits(x: Tensor, weight: LaidOut | None = None) -> bool:
     """Whether x is one token on CPU whose product nobody differentiates, and torch has the sum.
 
     weight: for this one; `Int4` is for bfloat16 alone.
@@ -70,7 +73,7 @@ def turn(
     size: int,
     group: int,
     dtype: torch.dtype = torch.float32,
-) -> Turned | Int4:
+) -> LaidOut:
     """The weight once more, as tokens of a dtype read it fastest; arguments as `dequant_matmul`'s.
 
     Takes as many bytes as the codes do, 3 bits as many as 4 and 5 to 7 as many as 8, and 4 for each
@@ -101,10 +104,11 @@ def _int4(codes: Tensor, scale: Tensor, zero: Tensor) -> Int4:
     return Int4(laid_out, both.to(torch.bfloat16).contiguous())
 
 
-def product(x: Tensor, weight: Turned | Int4, group: int) -> Tensor:
+def product(x: Tensor, weight: LaidOut, group: int) -> Tensor:
     """x (1, in) -> (1, out) in its dtype, which is bfloat16 for `Int4`."""
     if isinstance(weight, Int4):
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight.codes, group, weight[1])
+        parts = (weight.codes, group, weight.scale_and_zero)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, *parts)
     return _summed(x.float(), weight, group).to(x.dtype)
 
 
