@@ -7,6 +7,7 @@ import scipy.linalg
 import torch
 
 from lablib.exercises import trainable_parameters as exercises
+from lablib.lab.grading import outcome
 from lablib.models import GPT, GPTConfig
 from lablib.scaling import trainable_parameters as tp
 from lablib.studies import trainable_parameters as study
@@ -256,17 +257,101 @@ def one_product(ins, outs):
     return 2 * 2 ** int(np.ceil(np.log2(max(ins, 2)))), ins * outs
 
 
-def unscaled(x):
-    return exercises._transform(x) * len(x) ** 0.5
+def counted(make, tokens, targets, frozen, rule):
+    """The numbers of `freeze_half`, for other blocks frozen or other numbers called updated."""
+    model = make()
+    for block in frozen(model[1:-1]):
+        block.requires_grad_(False)
+    torch.nn.functional.cross_entropy(model(tokens), targets).backward()
+    every = [*model.parameters()]
+    trained = [p for p in every if p.requires_grad]
+    return tuple(sum(p.numel() for p in ps) for ps in (every, trained)) + (rule(trained),)
 
 
-def one_level(x):
-    first, second = np.split(x, 2)
-    return np.concatenate([first + second, first - second]) / 2**0.5
+def first_half(*given):
+    return counted(*given, lambda blocks: blocks[: len(blocks) // 2], with_gradient)
 
 
-def interleaved(x):
-    return exercises._transform(x)[::-1].copy()
+def linear_alone(*given):
+    def linear(blocks):
+        return [part for part in blocks[1::2].modules() if isinstance(part, torch.nn.Linear)]
+
+    return counted(*given, linear, with_gradient)
+
+
+def with_gradient(trained):
+    return sum(int((p.grad != 0).sum()) for p in trained)
+
+
+def all_that_is_trained(*given):
+    return counted(*given, lambda blocks: blocks[1::2], lambda ps: sum(p.numel() for p in ps))
+
+
+def not_below_the_frozen(*given):
+    return counted(*given, lambda blocks: blocks[1::2], lambda ps: with_gradient(ps[1:]))
+
+
+def thawed(make, batches, share, choose, hold=True, again=False):
+    """The numbers of `thaw`, with entries chosen otherwise or not held."""
+    model = make()
+    frozen = [p for p in model.parameters() if p.ndim == 2 and not p.requires_grad]
+    places = [choose(p, share) for p in frozen]
+    before = [p.detach().clone() for p in frozen]
+    for p in frozen:
+        p.requires_grad_(True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.1)
+    for tokens, targets in batches:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(tokens), targets).backward()
+        for p, free in zip(frozen, places):
+            p.grad *= free
+        optimizer.step()
+        for p, free, old in zip(frozen, places, before):
+            if hold:
+                p.data = torch.where(free, p.data, old)
+        if again:
+            places = [choose(p, share) for p in frozen]
+            before = [p.detach().clone() for p in frozen]
+    count = sum(p.numel() for p in trained) - sum(int((~free).sum()) for free in places)
+    return count, model.state_dict()
+
+
+def at_random(p, share):
+    return (torch.randperm(p.numel()) < round(share * p.numel())).view_as(p)
+
+
+def by_chance(p, share):
+    return torch.rand_like(p) < share
+
+
+def in_a_row(p, share):
+    return (torch.arange(p.numel()) < round(share * p.numel())).view_as(p)
+
+
+def masked_gradients_alone(*given):
+    return thawed(*given, at_random, hold=False)
+
+
+def about_a_tenth(*given):
+    return thawed(*given, by_chance)
+
+
+def the_first_tenth(*given):
+    return thawed(*given, in_a_row)
+
+
+def drawn_anew_each_step(*given):
+    return thawed(*given, at_random, again=True)
+
+
+def counts_the_thawed_alone(make, batches, share):
+    count, weights = thawed(make, batches, share, at_random)
+    return count - sum(p.numel() for p in make().parameters() if p.requires_grad), weights
+
+
+def thaws_nothing(make, batches, share):
+    return thawed(make, batches, share, lambda p, share: torch.zeros_like(p, dtype=torch.bool))
 
 
 def all_six(trained, frozen, tokens):
@@ -283,11 +368,61 @@ def trained_only(trained, frozen, tokens):
 
 WRONG = {
     "count": [one_diagonal, no_padding, one_product],
-    "transform": [unscaled, one_level, interleaved],
+    "freeze_half": [first_half, linear_alone, all_that_is_trained, not_below_the_frozen],
     "flops": [all_six, not_back, trained_only],
+    "thaw": [
+        masked_gradients_alone,
+        about_a_tenth,
+        the_first_tenth,
+        drawn_anew_each_step,
+        counts_the_thawed_alone,
+        thaws_nothing,
+    ],
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_exercises_tell_right_from_wrong(name, tells_right_from_wrong):
     tells_right_from_wrong(getattr(exercises, name), WRONG[name])
+
+
+def test_a_mask_of_gradients_does_when_the_thawed_weights_have_no_decay():
+    """Adam leaves alone what never had a gradient; so the check asks for no one way to do it."""
+
+    def without_decay(make, batches, share):
+        model = make()
+        frozen = [p for p in model.parameters() if p.ndim == 2 and not p.requires_grad]
+        others = [p for p in model.parameters() if p.requires_grad]
+        free = [at_random(p, share) for p in frozen]
+        for p, mask in zip(frozen, free):
+            p.requires_grad_(True).register_hook(lambda g, mask=mask: g * mask)
+        groups = [{"params": others}, {"params": frozen, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
+        for tokens, targets in batches:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(tokens), targets).backward()
+            optimizer.step()
+        count = sum(p.numel() for p in others) + sum(int(mask.sum()) for mask in free)
+        return count, model.state_dict()
+
+    assert outcome(exercises.thaw, without_decay) == ("correct", "Correct.")
+
+
+def test_the_checks_of_freezing_say_what_is_wrong():
+    said = {
+        first_half: "not the first half",
+        linear_alone: "a block's norm, too",
+        all_that_is_trained: "How many does this batch read?",
+        not_below_the_frozen: "let gradients pass",
+    }
+    for answer, text in said.items():
+        assert text in " ".join(outcome(exercises.freeze_half, answer)[1] for _ in range(9))
+    said = {
+        masked_gradients_alone: "weight decay",
+        the_first_tenth: "draw them at random",
+        drawn_anew_each_step: "choose once",
+        counts_the_thawed_alone: "is trained still",
+        thaws_nothing: "not",
+    }
+    for answer, text in said.items():
+        assert text in outcome(exercises.thaw, answer)[1]
