@@ -15,7 +15,6 @@ from functools import lru_cache
 from types import MappingProxyType
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from lablib.paths import data_dir
@@ -128,16 +127,22 @@ def squared_norms(
 ) -> tuple[float, float]:
     """Mean squared norm of the gradient of one part of a batch, and that of the whole batch.
 
-    rows: parts of equal size; their mean gradient is that of the whole.
+    rows: parts of equal size; their mean gradient is that of the whole. Gradients that the model
+    holds are cleared, before and after.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    total = [torch.zeros_like(p) for p in parameters]
-    small = []
-    for row in rows:
-        gradient = torch.autograd.grad(loss(model, row), parameters)
-        small.append(sum(float(g.square().sum()) for g in gradient))
-        torch._foreach_add_(total, gradient, alpha=1 / len(rows))
-    return float(np.mean(small)), sum(float(g.square().sum()) for g in total)
+    parts: list[float] = []  # |g|^2 / n^2, one for each row and parameter
+    hooks = [p.register_hook(lambda g: parts.append(float(g.square().sum()))) for p in parameters]
+    model.zero_grad()
+    try:
+        for row in rows:
+            (loss(model, row) / len(rows)).backward()  # adds to the one gradient that is kept
+    finally:
+        for hook in hooks:
+            hook.remove()
+    whole = sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None)
+    model.zero_grad()
+    return len(rows) * sum(parts), whole
 
 
 RATES = np.geomspace(0.005, 0.8, 14)

@@ -169,12 +169,35 @@ class Surface:
         x = np.clip(np.log([float(choice.lr), float(choice.batch)]), self.low, self.high)
         return Choice(*np.exp(x))
 
+    def lowest(self) -> Choice:
+        """Where the surface is lowest among what was tried: its bottom, or a point of the edge."""
+        if self.eigenvalues[0] > 0:
+            bottom = np.log([float(value) for value in self.best()])
+            if (self.low <= bottom).all() and (bottom <= self.high).all():
+                return Choice(*np.exp(bottom))
+        edges = [self._lowest_at(axis, end) for axis in (0, 1) for end in (self.low, self.high)]
+        return min((Choice(*np.exp(x)) for x in edges), key=lambda at: self.loss(*at))
 
-def quadratic_surface(runs: Sequence[Run]) -> Surface:
+    def _lowest_at(self, axis: int, end: np.ndarray) -> np.ndarray:
+        """The lowest point (2,) of the edge on which x[axis] is end[axis]."""
+        other = 1 - axis
+        held = end[axis] - self.center[axis]
+        slope, bend = self.gradient[other] + held * self.hessian[0, 1], self.hessian[other, other]
+        tried = [self.low[other], self.high[other]]
+        if bend > 0:  # the slope along the edge is 0 at center - slope / bend
+            tried.append(np.clip(self.center[other] - slope / bend, *tried))
+        x = np.tile(end, (len(tried), 1))  # x[other] is replaced, x[axis] stays
+        x[:, other] = tried
+        return x[self.loss(*np.exp(x.T)).argmin()]
+
+
+def quadratic_surface(runs: Sequence[Run], batches: int = 5) -> Surface:
     """Least squares of L = c + g x + x H x / 2 over runs of one N and D. Section 4.
 
+    Of all batches so many count as lie nearest the best run's: far from it the loss is no parabola.
     Raises ValueError when there are too few rates or batches for it.
     """
+    runs = _near_best(runs, batches)
     x = np.log([[run["lr"], run["batch"]] for run in runs])  # (runs, 2)
     center = x.mean(0)
     a, b = (x - center).T
@@ -188,12 +211,20 @@ def quadratic_surface(runs: Sequence[Run]) -> Surface:
     return Surface(center, float(c), np.array(g), hessian, x.min(0), x.max(0))
 
 
+def _near_best(runs: Sequence[Run], batches: int) -> list[Run]:
+    tried = sorted({run["batch"] for run in runs})
+    best = tried.index(min(runs, key=lambda run: run["loss"])["batch"])
+    first = int(np.clip(best - batches // 2, 0, max(0, len(tried) - batches)))
+    kept = tried[first : first + batches]
+    return [run for run in runs if run["batch"] in kept]
+
+
 def regret(choice: Choice, surface: Surface) -> float:
     """Loss at the choice over the least loss among what was tried, minus 1.
 
     Both are read off the surface; a choice beyond what was tried is moved to its edge.
     """
-    at, best = surface.inside(choice), surface.inside(surface.best())
+    at, best = surface.inside(choice), surface.lowest()
     return float(surface.loss(*at) / surface.loss(*best) - 1)
 
 

@@ -1,22 +1,22 @@
 """The shared study of the scaling-law labs: one grid of small trainings on bytes of prose.
 
 Every model starts from weights of deviation dim^-0.5, not from the usual 0.02: lab 401 shows why.
-- size-data: 30 cells of eight sizes, each doubling of a quarter of a MiB, up to 8, for which size
-  times bytes stays below 5.6e11, without 8 MiB for 13 and 27 thousand parameters and 4 and 8 for 56
-  thousand, which were cut for time. On seed 100 three rates a factor 2 apart were tried at 13 pairs
-  of size and text. The judging seeds have one rate a width, 0.7 / dim, which lies near the best of
-  them. In 7 of the 13 pairs the best was at an end of the three: the highest, 0.04, for 1x16 with
-  either text, for 1x32 with 2 MiB and for 2x32 with a quarter; the lowest for 2x48, 3x96 and 4x160
-  with a quarter. So a single cell may lie a little above what its size could reach.
-- batch-rate: batches of 64 to 2,048 bytes, from 128 on for 3x64, and up to 4,096 with 2 MiB; 8,192
-  and 4 MiB were cut for time. Its three rates follow a formula of width and batch, and are not
-  moved along where the best is at an end.
+- size-data: eight sizes, and each doubling of a quarter of a MiB up to 8 MiB for which size times
+  bytes stays below 5.6e11. On seed 100 three rates a factor 2 apart were tried at 13 pairs of size
+  and text. The judging seeds have one rate a width, 0.7 / dim, which lies near the best of them. In
+  7 of the 13 pairs the best was at an end of the three: the highest, 0.04, for 1x16 with either
+  text, for 1x32 with 2 MiB and for 2x32 with a quarter; the lowest for 2x48, 3x96 and 4x160 with a
+  quarter. So a single cell may lie a little above what its size could reach.
+- batch-rate: batches of 64 to 8,192 bytes, with 128 KiB up to 4,096 and with 2 MiB from 128; the
+  largest size has 64 with the least text alone. Three rates by a formula of width and batch; where
+  the best lay at an end on seed 100, all seeds have one more beyond it. Texts are 128 KiB, 512 KiB
+  and 2 MiB in the place of 256 KiB, 1 and 4 MiB, for time.
 - steps: five batches up to 4,096 bytes and 1 MiB, for 16,384 and 2 MiB, since larger batches reach
   no target. Three rates at three batches were tried; each batch has one rate, by a formula.
-- repetition: the planned texts for 13 thousand parameters; no 1 MiB for 56 thousand, and 64 KiB
-  alone for 151 thousand, for time.
-The grid has grown, on the same judging seeds and by designs fixed before the new rows were made:
-`at_first` are the rows of batch-rate that the labs had judged until then.
+- repetition: 64 KiB, 256 KiB and 1 MiB of text, each read again and again by three sizes until
+  4 MiB are seen; 2 MiB by the largest.
+The grid has grown twice, on the same judging seeds and by designs fixed before the new rows were
+made: `at_first` are the rows of batch-rate that the labs judged first.
 
 Noise: lab 401 measures what the seeds of a cell of size-data differ by. It is about ten times the
 delta, 1e-3, of the fits' Huber loss, which on this grid counts nearly every residual linearly.
@@ -150,8 +150,8 @@ def rate(dim: int) -> float:
 
 
 def size_and_data() -> list[dict]:
-    """Every size with 0.25 MiB and its doubles, while a run stays near a minute."""
-    most = (8, 4, 4, 2, 2, 1, 0.5, 0.25)  # MiB
+    """Every size with 0.25 MiB and its doubles, while size times bytes stays below 5.6e11."""
+    most = (8, 8, 8, 8, 2, 1, 0.5, 0.25)  # MiB
     return [
         point
         for (n_layers, dim), end in zip(SIZES, most)
@@ -171,8 +171,8 @@ def repetition() -> list[dict]:
     """2, 4, 8, ... epochs of little text; one epoch of as many bytes is in `size_and_data`."""
     most = {
         (1, 32): {64 * KB: 4 * MB, 256 * KB: 4 * MB, MB: 4 * MB},
-        (2, 48): {64 * KB: MB, 256 * KB: 2 * MB},
-        (3, 64): {64 * KB: MB},
+        (2, 48): {64 * KB: 4 * MB, 256 * KB: 4 * MB, MB: 4 * MB},
+        (3, 64): {64 * KB: 2 * MB, 256 * KB: 2 * MB, MB: 2 * MB},
     }
     return [
         point
@@ -239,20 +239,41 @@ def three_rates(dim: int, batch: int) -> list[float]:
     return [float(f"{middle_rate(dim, batch) * 2.2**i:.3g}") for i in (-1, 0, 1)]
 
 
-BATCHES = [64 * 2**i for i in range(6)]  # bytes a step: up to 2,048
-BATCH_AND_RATE = (  # layers, dim, bytes seen, batches
-    (1, 32, MB // 8, BATCHES),
+BATCHES = [64 * 2**i for i in range(8)]  # bytes a step: up to 8,192
+BATCH_AND_RATE = (  # layers, dim, bytes seen, batches: the largest take 32 steps or more
+    (1, 32, MB // 8, BATCHES[:-1]),
     (1, 32, MB // 2, BATCHES),
-    (1, 32, 2 * MB, [*BATCHES[1:], 4096]),
-    (2, 48, MB // 8, BATCHES),
+    (1, 32, 2 * MB, BATCHES[1:]),
+    (2, 48, MB // 8, BATCHES[:-1]),
     (2, 48, MB // 2, BATCHES),
-    (3, 64, MB // 8, BATCHES[1:]),
+    (3, 64, MB // 8, BATCHES[:-1]),
     (3, 64, MB // 2, BATCHES[1:]),
 )
 
 
+# dim, bytes seen: batches whose best rate lay at an end of the three on the tuning seed; and 2,048
+# bytes for the least text, so that it has as many tries as the most
+LOWER = {
+    (32, MB // 8): [2048, 4096],
+    (32, MB // 2): [4096, 8192],
+    (32, 2 * MB): [8192],
+    (48, MB // 8): [4096],
+    (48, MB // 2): [8192],
+    (64, MB // 2): [8192],
+}
+HIGHER = {(32, MB // 2): [128], (32, 2 * MB): [2048], (64, MB // 8): [256, 512, 1024]}
+
+
+def rates(dim: int, tokens: int, batch: int) -> list[float]:
+    """A cell's three rates, and one beyond the end at which the best of them lay."""
+    low, middle, high = three_rates(dim, batch)
+    at = (dim, tokens)
+    more = [low / 2.2] * (batch in LOWER.get(at, [])) + [high * 2.2] * (batch in HIGHER.get(at, []))
+    return [low, middle, high, *(float(f"{lr:.3g}") for lr in more)]
+
+
 def batch_and_rate(seed: int) -> list[dict]:
-    """Batches a factor 2 apart, three rates a factor 2.2 apart; sequences of 64 bytes."""
+    """Batches a factor 2 apart, rates a factor 2.2 apart; sequences of 64 bytes."""
     return [
         point
         for n_layers, dim, tokens, batches in BATCH_AND_RATE
@@ -264,7 +285,7 @@ def batch_and_rate(seed: int) -> list[dict]:
             dim=dim,
             tokens=tokens,
             batch=batch,
-            lr=three_rates(dim, batch),
+            lr=rates(dim, tokens, batch),
             length=64,
             end_lr=1e-5,
             points=2,
@@ -273,9 +294,15 @@ def batch_and_rate(seed: int) -> list[dict]:
 
 
 def at_first(rows: list[dict]) -> list[dict]:
-    """The rows of batch-rate without those that came later: most batches and a text of 3x64."""
-    few = {"tokens": (MB // 8,), "batch": (128, 512, 2048)}
-    return [r for r in rows if r["dim"] < 64 or all(r[key] in few[key] for key in few)]
+    """The rows of batch-rate that were judged first: three rates, and fewer batches and texts."""
+    few = {"tokens": (MB // 8,), "batch": (128, 512, 2048)}  # of the largest size
+    return [
+        r
+        for r in rows
+        if r["lr"] in three_rates(r["dim"], r["batch"])
+        and r["batch"] <= (4096 if r["tokens"] == 2 * MB else 2048)
+        and (r["dim"] < 64 or all(r[key] in few[key] for key in few))
+    ]
 
 
 POINTS = sorted(

@@ -1,32 +1,32 @@
-"""The study of To Repeat or Not To Repeat (Xue et al., 2023): 8 KiB of prose, read 32 times.
+"""The study of To Repeat or Not To Repeat (Xue et al., 2023): 32 KiB of prose, read 32 times.
 
-Every model sees 256 KiB: all new, 32 KiB in 8 passes, or 8 KiB in 32. The rate for new text is the
+Every model sees 1 MiB: all new, 128 KiB in 8 passes, or 32 KiB in 32. The rate for new text is the
 shared grid's, tuned there for this size. A lower rate is a remedy for repetition, too: "slow" is
-the best of six, and what dropout and its rivals are judged against. Each of them has the best of
-three strengths, on the same tuning seed, at the rate of new text. Models of other shapes are
-trained at the dense model's rate.
+the best of four, and what dropout and its rivals are judged against. Each of them has the best of
+four strengths, on the same two tuning seeds, at the rate of new text. More dropout, 0.4 and 0.5 on
+one of them, is for a picture; "slow" had as many rates more there, and they were no better. Models
+of other shapes are trained at the dense model's rate. What size costs is judged between 13 and 56
+thousand parameters, and shown for 151.
 
 Experts are chosen by the byte (`HashChoice`), not by a learned router: at this size learned routers
 gain nothing in so short a training, and experts that are not used can't be overfitted. Their
 weights, too, have deviation dim^-0.5.
 
 Twins: "experts" and "large", a dense model of three layers of dim 64, have nearly as many
-parameters. On the tuning seed four strengths of dropout were tried on each. The best of the experts
+parameters. On one tuning seed four strengths of dropout were tried on each. The best of the experts
 is carried to the dense one and judged there, against the dense one without dropout at the best of
 five rates. The plan had them at a million parameters; cut for time.
 
-Dropout of 0.3 to 0.5 on the tuning seed is for a picture; "slow" then had three rates more, too.
-One of them was better than its best of the first three, and its judging runs were made again there.
-"dropout" stays at the best of its first three strengths, as its rivals have.
+The objectives of section 3.3 are in `lablib.scaling.denoising`. A decoder learns by each, text and
+target in one row, and is measured on T5's held-out spans, which are one in seven of UL2's rows. All
+have one rate, of three on one tuning seed: the best with new text for UL2, next to it for T5.
 
-Tried before: 32 KiB in 16 passes, where the held-out loss hardly turned, so that there was little
-to save; 16 KiB in 32 passes, where it did. The study keeps the passes and halves the rest, for
-time. Cut for time: larger models, four strengths in place of three, a second tuning seed.
-
-The objectives of section 3.3 are in `lablib.scaling.denoising`, and a decoder was trained on each,
-text and target in one row, on seed 101. In 256 KiB it fills in few spans: on UL2's mixture it ended
-no lower with new text than with repeated, so that there was nothing yet to lose. Runs long enough
-were out of reach, and the claim is not judged.
+All was judged before on a quarter of the text, 8 KiB in 32 passes, with the best of three strengths
+on one tuning seed, and without the objectives. The judging seeds are the same, all runs are new.
+Drop path's verdict turned, the others stand. Not reproduced: label smoothing, which keeps
+probability from the right byte on purpose, and we count nats, the paper right guesses; dropout
+against its rivals, where AdamW's decay is steadier than what diverged in the paper; UL2 against
+span corruption, whose costs are both small, in answers that are a small part of the text.
 """
 
 from functools import partial
@@ -34,7 +34,7 @@ from functools import partial
 import torch
 
 from lablib.data import Batches, byte_text
-from lablib.evidence import Pair, grid, paired
+from lablib.evidence import Pair, grid, matching, paired
 from lablib.scaling import token_crisis as tc
 from lablib.scaling.denoising import T5, UL2, Denoising
 from lablib.scaling.generalized_scaling import hash_experts_
@@ -42,14 +42,14 @@ from lablib.studies import scaling_grid
 from lablib.training import evaluate, fit, padded_next_token_loss
 from lablib.training.optimizers import adamw
 
-KB = 2**10
+KB, MB = 2**10, 2**20
 LENGTH, CURVE, FINAL = 128, 64, 512  # bytes a window; held-out windows of a curve, of the last loss
 RATE = 0.0146  # at dim 48, the grid's; others in proportion to 1 / dim
 N_EXPERTS = 4
 OBJECTIVES = {"spans": T5, "ul2": UL2}
 TEXT, HIDDEN = 95, 1024  # bytes of a text, so that a row is at most as long; held-out ones
 TWINS = ("experts", "large")  # of nearly as many parameters
-STRENGTH = {"dropout": 0.1, "late": 0.1, "path": 0.2, "smoothing": 0.1, "decay": 3.0}
+STRENGTH = {"dropout": 0.2, "late": 0.2, "path": 0.2, "smoothing": 0.1, "decay": 3.0}
 
 
 def run(
@@ -58,7 +58,7 @@ def run(
     unique: int | None = None,
     strength: float = 0.0,
     lr: float = RATE,
-    tokens: int = 256 * KB,
+    tokens: int = MB,
     batch: int = 2048,
     points: int = 16,
 ) -> dict:
@@ -150,20 +150,21 @@ def regularized(model, kind: str, strength: float, lr: float, steps: int) -> dic
     return options
 
 
-def valley(runs: list, unique: int | None, kind: str = "dropout") -> dict[float, dict]:
-    """Runs at the rate of new text, by their dropout; 0 are the plain ones, or the kind's own."""
+def valley(runs: list, unique: int | None, kind: str = "dropout", seed: int = 100) -> dict:
+    """Runs of a seed at new text's rate, by dropout; at 0 the plain one, or the kind's own."""
     none = "plain" if kind == "dropout" else kind
-    alike = [r for r in runs if r["unique"] == unique and r.get("lr", RATE) == RATE]
+    alike = [r for r in matching(runs, unique=unique, seed=seed) if r.get("lr", RATE) == RATE]
     runs = [r for r in alike if r["kind"] == kind or (r["kind"] == none and not r.get("strength"))]
     return {run.get("strength", 0.0): run for run in runs}
 
 
 SEEDS = range(5)
-LITTLE, MORE = 8 * KB, 32 * KB  # bytes of text that are read again and again
+LITTLE, MORE = 32 * KB, 128 * KB  # bytes of text that are read again and again
 REMEDIES = ("dropout", "path", "smoothing", "decay")
 SHAPES = ("experts", "small", "shared")
-SLOW = RATE / 3
+SLOW = RATE / 8
 CARRIED, SLOW_LARGE = 0.2, RATE / 8  # best for experts; best for "large" without; as tuned
+OBJECTIVE_RATE = RATE / 2  # best for "ul2" on new text, and within 0.01 of the best for "spans"
 POINTS = [
     *grid(kind="plain", unique=(LITTLE, None), seed=SEEDS),
     *grid(kind="slow", unique=LITTLE, lr=SLOW, seed=SEEDS),
@@ -177,32 +178,36 @@ POINTS = [
     *grid(kind="plain", unique=MORE, seed=SEEDS),
     *grid(kind="large", unique=LITTLE, strength=CARRIED, lr=RATE, seed=SEEDS),
     *grid(kind="large", unique=LITTLE, strength=0.0, lr=(SLOW_LARGE, RATE), seed=SEEDS),
+    *grid(kind="large", unique=None, strength=0.0, lr=RATE, seed=SEEDS),
+    *grid(kind=OBJECTIVES, unique=(LITTLE, None), lr=OBJECTIVE_RATE, seed=SEEDS),
 ]
 TRIED = {
-    "dropout": (0.05, 0.1, 0.2),
-    "path": (0.1, 0.2, 0.4),
-    "smoothing": (0.1, 0.2, 0.4),
-    "decay": (1.0, 3.0, 10.0),
+    "dropout": (0.05, 0.1, 0.2, 0.3),
+    "path": (0.05, 0.1, 0.2, 0.4),
+    "smoothing": (0.05, 0.1, 0.2, 0.4),
+    "decay": (1.0, 3.0, 10.0, 30.0),
 }
+TRIED_RATES = [RATE / n for n in (16, 8, 4, 2)]
+BOTH = (100, 101)  # the tuning seeds
 TUNING = [
-    *grid(kind="plain", unique=LITTLE, lr=RATE, seed=100),
     *[
         point
         for kind, tried in TRIED.items()
-        for point in grid(kind=kind, unique=LITTLE, strength=tried, seed=100)
+        for point in grid(kind=kind, unique=LITTLE, strength=tried, seed=BOTH)
     ],
-    *grid(kind="slow", unique=LITTLE, lr=(RATE / 8, RATE / 4, RATE / 2), seed=100),
-    *grid(kind="plain", unique=None, lr=RATE, seed=100),
+    *grid(kind="slow", unique=LITTLE, lr=TRIED_RATES, seed=BOTH),
+    *grid(kind="plain", unique=(LITTLE, None), lr=RATE, seed=BOTH),
     *grid(kind="dropout", unique=None, strength=TRIED["dropout"], seed=100),
     *grid(kind="experts", unique=None, lr=(RATE / 2, RATE), seed=100),
+    *grid(kind=OBJECTIVES, unique=(LITTLE, None), lr=(RATE / 4, RATE / 2, RATE), seed=100),
 ]
 TRIED_ON_TWINS = (0.05, 0.1, 0.2, 0.4)
 TUNING += [
     *grid(kind=TWINS, unique=LITTLE, strength=TRIED_ON_TWINS, seed=100),
     *grid(kind="large", unique=LITTLE, lr=[RATE / n for n in (16, 8, 4, 2, 1)], seed=100),
     *grid(kind="experts", unique=LITTLE, seed=100),
-    *grid(kind="dropout", unique=(LITTLE, None), strength=(0.3, 0.4, 0.5), seed=100),  # to be shown
-    *grid(kind="slow", unique=LITTLE, lr=[RATE / n for n in (16, 6, 3)], seed=100),  # as many more
+    *grid(kind="dropout", unique=(LITTLE, None), strength=(0.4, 0.5), seed=100),  # to be shown
+    *grid(kind="slow", unique=LITTLE, lr=(RATE / 3, RATE / 1.5), seed=100),  # as many more
 ]
 CANARY = {
     "kind": "experts",
@@ -212,11 +217,12 @@ CANARY = {
     "batch": 1024,
     "points": 2,
 }
-RIVAL = "decay"  # the best of the other remedies on the tuning seed
+RIVAL = "decay"  # the best of the other remedies on the tuning seeds
 PLAIN = {"kind": "plain", "unique": LITTLE}
 FRESH = {"kind": "plain", "unique": None}
 TUNED = {"kind": "slow", "unique": LITTLE}  # no remedy, at the best rate for repeated text
 DROPOUT = {"kind": "dropout", "unique": LITTLE}
+LARGE = {"kind": "large", "unique": LITTLE}
 EXPERTS, DENSE, SHARED = {"kind": "experts"}, {"kind": "plain"}, {"kind": "shared"}
 
 
@@ -225,7 +231,7 @@ def remedy(method: dict, baseline: dict = TUNED) -> dict:
     return {"method": method, "baseline": baseline, "control": PLAIN}
 
 
-# None: new text without dropout, and the smallest model, are the baselines themselves.
+# None: new text without dropout, the smallest model and T5's spans are the baselines themselves.
 ROLES = {
     "dropout": remedy(DROPOUT),
     "repeat": {"method": PLAIN, "baseline": FRESH, "control": None},
@@ -243,12 +249,13 @@ ROLES = {
     "smoothing": remedy({"kind": "smoothing"}),
     "decay": remedy({"kind": "decay"}),
     "carried": {
-        "method": {"kind": "large", "strength": CARRIED, "lr": RATE},
-        "baseline": {"kind": "large", "strength": 0.0, "lr": SLOW_LARGE},
-        "control": {"kind": "large", "strength": 0.0, "lr": RATE},
+        "method": LARGE | {"strength": CARRIED, "lr": RATE},
+        "baseline": LARGE | {"strength": 0.0, "lr": SLOW_LARGE},
+        "control": LARGE | {"strength": 0.0, "lr": RATE},
     },
+    "ul2": {"method": {"kind": "ul2"}, "baseline": {"kind": "spans"}, "control": None},
 }
-DEGRADING = ("size", "experts", "shared")  # claims about what repeating costs
+DEGRADING = ("size", "experts", "shared", "ul2")  # claims about what repeating costs
 
 
 def values(runs: list) -> dict:
@@ -263,8 +270,14 @@ def values(runs: list) -> dict:
     return made
 
 
+def change(runs: list, method: dict, baseline: dict) -> list[float]:
+    """Nats that the method's last held-out loss lies above the baseline's, one a seed."""
+    return [pair.method - pair.baseline for pair in paired(runs, method, baseline, "loss")]
+
+
 def cost(runs: list, kind: str) -> dict[int, float]:
-    """Nats a byte that repeated text ends above unique text, by seed."""
-    repeated, fresh = ({"kind": kind, "unique": unique} for unique in (LITTLE, None))
+    """Nats a byte that repeated text ends above unique text at one rate, by seed."""
+    plain = {"strength": 0.0, "lr": RATE} if kind == "large" else {}
+    repeated, fresh = ({"kind": kind, "unique": unique} | plain for unique in (LITTLE, None))
     pairs = paired(runs, repeated, fresh, "loss")
     return {pair.seed: pair.method - pair.baseline for pair in pairs}

@@ -105,6 +105,22 @@ def test_gamma_is_that_of_the_rows_also_where_each_batch_has_other_losses():
         law.fit_gamma([r | {"loss": -r["loss"]} for r in made()])
 
 
+def test_gamma_of_a_part_of_the_batches():
+    from lablib.studies import batch_size_law as study
+
+    bent = [run for run in made(gamma=0.5) if run["batch"] <= 512]
+    bent += [run for run in made(gamma=0.1) if run["batch"] > 512]
+    runs = [
+        r | {"part": "batch-rate", "seed": seed, "N": N}
+        for seed in (0, 1)
+        for N in (1, 2)
+        for r in bent
+    ]
+    assert study.gammas(runs, 64, 512) == pytest.approx([0.5, 0.5], abs=1e-8)
+    assert study.gammas(runs, 1024, 8192) == pytest.approx([0.1, 0.1], abs=1e-8)
+    assert study.gammas(runs, 1, 1e6) == pytest.approx([law.fit_gamma(bent)] * 2)
+
+
 def test_rates_follow_gamma():
     assert law.rate_for(1024, 0.5, 256, 0.01) == pytest.approx(0.02)
     assert law.rate_for(1024, 1.0, 256, 0.01) == pytest.approx(0.04)

@@ -81,6 +81,39 @@ def test_noise_scale_of_gradients_of_known_noise():
     assert cbs.noise_scale(*norms, 1, 4000) == pytest.approx(9 / 4, rel=0.05)
 
 
+def test_squared_norms_are_those_of_each_gradient_and_of_their_mean():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    model[0].requires_grad_(False)
+    rows = list(torch.randn(5, 3, 4))
+
+    def loss(model, row):
+        return (model[1](model[0](row)) - row).square().mean()  # the last layer has no part in it
+
+    used = list(model[1].parameters())
+    each = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss(model, row), used)])
+        for row in rows
+    ]
+    small = np.mean([float(g.square().sum()) for g in each])
+    large = float(torch.stack(each).mean(0).square().sum())
+    loss(model, rows[0]).backward()  # what the model holds must not count
+    assert cbs.squared_norms(model, loss, rows) == pytest.approx((small, large), rel=1e-5)
+    assert all(p.grad is None for p in model.parameters())
+    assert cbs.squared_norms(model, loss, rows) == pytest.approx((small, large), rel=1e-5)
+
+
+def test_no_hook_stays_where_a_loss_fails():
+    model = torch.nn.Linear(2, 1)
+
+    def fails(model, row):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cbs.squared_norms(model, fails, [torch.ones(2)])
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
 @pytest.mark.parametrize("batch", [1, 4, 32])
 def test_the_recursion_is_the_mean_of_simulations(batch):
     problem = cbs.LeastSquares(dim=20)

@@ -190,3 +190,69 @@ def test_the_laws_were_fitted_to_the_grid_that_is_stored():
     for row in fits:
         total = study.columns(runs, row["seed"])["loss"].sum()
         assert row["sum"] == pytest.approx(total), "`python -m lablib study data-constrained`"
+
+
+def test_three_texts_are_repeated_for_three_sizes():
+    from lablib.evidence.studies import matching
+    from lablib.studies import data_constrained as study
+
+    KB, MB = study.KB, study.MB
+    most = {(1, 32): 4 * MB, (2, 48): 4 * MB, (3, 64): 2 * MB}
+    for (layers, dim), end in most.items():
+        size = {"n_layers": layers, "dim": dim, "seed": 0}
+        new = {p["tokens"] for p in matching(study.scaling_grid.POINTS, part="size-data", **size)}
+        for unique in (64 * KB, 256 * KB, MB):
+            where = size | {"part": "repetition", "unique": unique}
+            read = {p["tokens"] for p in matching(study.scaling_grid.POINTS, **where)}
+            assert max(read) == end and 2 * MB in read and read <= new
+
+
+def rows_of_excess():
+    """Rows whose loss above new text is the number of passes over 100, and 1 for another size."""
+    rows = []
+    for seed in range(2):
+        for dim, add in ((32, 0.0), (48, 1.0)):
+            for tokens in (2**18, 2**19):
+                row = {"seed": seed, "n_layers": 1, "dim": dim, "tokens": tokens}
+                repeated = {"part": "repetition", "unique": 2**16}
+                cost = add + tokens / 2**16 / 100
+                rows.append(row | {"part": "size-data", "loss": 2.0 + seed})
+                rows.append(row | repeated | {"loss": 2.0 + seed + cost})
+    return rows
+
+
+def test_the_cost_of_passes_is_of_one_size_and_above_new_text():
+    from lablib.studies import data_constrained as study
+
+    costs = study.by_passes(rows_of_excess(), 2**16, 1, 32)
+    assert {n: pytest.approx([n / 100] * 2) for n in (4, 8)} == costs
+    assert study.by_passes(rows_of_excess(), 2**16, 1, 48)[8] == pytest.approx([1.08] * 2)
+    assert study.by_passes(rows_of_excess(), 2**18, 1, 32) == {}
+
+
+def test_epochs_are_judged_where_the_model_fits_its_data():
+    from lablib.evidence.studies import exchanged, study
+
+    one = study("data-constrained")
+    roles, runs = one.module.ROLES["epochs"], one.runs()
+    large = [run for run in runs if run.get("dim", 32) != 32]
+    mixed = exchanged(runs, roles["method"], roles["baseline"])
+    assert [run for run in mixed if run.get("dim", 32) != 32] == large
+    without = [run for run in runs if run not in large or run.get("part") != "repetition"]
+    few = one.module.values(without + [run for run in large if run.get("unique") == 2**18])
+    assert few["epochs"] == one.module.values(runs)["epochs"]
+
+
+def test_losses_above_the_law_are_counted_for_each_size_from_sixteen_passes_on():
+    from lablib.studies import data_constrained as study
+
+    law = dict(PAPER)
+    fit = {"kind": "laws", "seed": 0, "law": [law[name] for name in laws.data_constrained.names]}
+    rows = [fit]
+    for N, off in ((1000, 0.1), (2000, -0.2)):
+        for passes in (8, 16, 32):
+            loss = float(dc.loss(N, passes * 1e6, 1e6))
+            loss *= np.exp(off if passes >= 16 else 9.0)
+            row = {"part": "repetition", "seed": 0, "N": N, "tokens": passes * 1e6, "unique": 1e6}
+            rows.append(row | {"loss": loss})
+    assert study.above_law(rows) == pytest.approx({1000: 0.1, 2000: -0.2})

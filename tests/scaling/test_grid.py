@@ -1,12 +1,9 @@
 """The shared grid: which trainings there are."""
 
-from lablib.evidence.studies import matching
+from lablib.evidence.studies import matching, study
 from lablib.studies import scaling_grid as grid
 
 MOST = 5.6e11  # parameters times bytes
-
-
-CUT = {(1, 32, 8), (2, 32, 8), (2, 48, 4), (2, 48, 8)}  # layers, dim, MiB: for time
 
 
 def test_each_size_reads_every_doubling_up_to_one_product_of_size_and_bytes():
@@ -17,7 +14,7 @@ def test_each_size_reads_every_doubling_up_to_one_product_of_size_and_bytes():
     texts = [grid.MB // 4 * 2**i for i in range(6)]
     planned = {
         (*size, text) for size, N in parameters.items() for text in texts if N * text <= MOST
-    } - {(*size, MiB * grid.MB) for *size, MiB in CUT}
+    }
     for seed in range(5):
         points = matching(grid.POINTS, part="size-data", seed=seed)
         made = [(point["n_layers"], point["dim"], point["tokens"]) for point in points]
@@ -35,11 +32,30 @@ def test_what_is_read_again_is_also_read_once_as_long():
         assert (point["dim"], point["tokens"], point["seed"], point["lr"]) in fresh
 
 
-def test_the_first_rows_lack_most_batches_and_a_text_of_the_largest_model():
+def test_the_first_rows_have_three_rates_and_less_of_the_largest_model():
     rows = matching(grid.POINTS, part="batch-rate", seed=0)
     first = grid.at_first(rows)
-    later = [row for row in rows if row not in first]
-    assert matching(first, dim=32) == matching(rows, dim=32)
-    assert matching(first, dim=48) == matching(rows, dim=48)
-    assert {row["dim"] for row in later} == {64} and len(matching(first, dim=64)) == 3 * 3
-    assert {row["tokens"] for row in later} == {grid.MB // 8, grid.MB // 2}
+    for tokens, batches in ((grid.MB // 8, 6), (grid.MB // 2, 6), (2 * grid.MB, 6)):
+        assert len(matching(first, dim=32, tokens=tokens)) == 3 * batches
+    for tokens in (grid.MB // 8, grid.MB // 2):
+        assert len(matching(first, dim=48, tokens=tokens)) == 3 * 6
+    assert len(matching(first, dim=64)) == 3 * 3
+    assert {row["tokens"] for row in matching(first, dim=64)} == {grid.MB // 8}
+    assert len(first) == 3 * (18 + 12 + 3)
+
+
+def test_a_fourth_rate_lies_beyond_the_end_at_which_the_best_lay_on_the_tuning_seed():
+    runs = matching(study("scaling-grid").runs("TUNING"), part="batch-rate", seed=100)
+    cells = {(r["dim"], r["tokens"], r["batch"]) for r in runs}
+    for cell in cells:
+        dim, tokens, batch = cell
+        three = grid.three_rates(dim, batch)
+        rows = matching(runs, dim=dim, tokens=tokens, batch=batch)
+        loss = {r["lr"]: r["loss"] for r in rows}
+        best = min(three, key=loss.get)
+        more = [lr for lr in loss if lr not in three]
+        if best == three[1]:
+            assert not more or cell == (32, grid.MB // 8, 2048)  # for as many tries as the most text
+        else:
+            (lr,) = more
+            assert (lr < three[0]) == (best == three[0])

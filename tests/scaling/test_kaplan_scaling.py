@@ -153,6 +153,24 @@ def test_the_usual_start_has_the_best_rate_that_was_tried_at_both_budgets():
             assert min(counts_of_tries) >= 3 and len(ends) == len(runs_of_its_own.SIZES)
 
 
+def test_the_shapes_read_as_much_as_the_plan_says_with_the_best_rate_that_was_tried_there():
+    tuning = study("kaplan-scaling").runs("TUNING")
+    for (group, layers, dim), lr in runs_of_its_own.TUNED.items():
+        where = {"group": group, "n_layers": layers, "dim": dim, "tokens": 2**20}
+        tried = matching(tuning, **where)
+        losses = {run["lr"]: run["loss"] for run in tried}
+        assert len(tried) >= 3 and losses[lr] < min(losses.values()) + 1e-3
+        judged = matching(runs_of_its_own.POINTS, group=group, n_layers=layers, dim=dim)
+        assert {(point["tokens"], point["lr"]) for point in judged} == {(2**20, lr)}
+
+
+def test_a_single_layer_is_compared_at_its_own_text_with_the_best_rate_of_each():
+    rows = [("one layer", 1, 2.5), ("one layer", 1, 2.4), ("base", 1, 2.2), ("shape", 1, 2.1)]
+    rows += [("shape", 2, 1.5), ("size", 1, 1.0)]
+    tuning = [dict(zip(("group", "tokens", "loss"), row)) for row in rows]
+    assert runs_of_its_own.single_layer(tuning) == pytest.approx(0.3)
+
+
 def no_scores(d_model, n_layer, n_ctx):
     return 12 * n_layer * d_model**2, 24 * n_layer * d_model**2
 

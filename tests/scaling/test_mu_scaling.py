@@ -240,19 +240,46 @@ def test_drift_is_the_exponent_of_the_best_rate_without_its_sign():
     assert study.drift(runs) == pytest.approx(1.0)
 
 
-def test_drift_is_judged_on_five_widths_of_seeds_of_its_own():
-    runs = [
+def made_up(seeds, points):
+    """Runs whose best rate falls with the width in the standard parametrization, hardly in muP."""
+    return [
         point | {"N": 1, "loss": math.log2(point["lr"] * (point["dim"] / 32) ** slope / 0.008) ** 2}
-        for seed in study.LATER
-        for point in study.valleys(seed, study.FIVE)
+        for seed in seeds
+        for point in points(seed)
         for slope in [1.0 if point["parametrization"] == "standard" else 0.1]
     ]
-    pairs = study.drifts(runs, study.LATER, study.LADDER)
-    assert [pair.seed for pair in pairs] == list(study.LATER)
-    for pair in pairs:
-        assert (pair.method, pair.baseline) == pytest.approx((0.1, 1.0), abs=0.03)
+
+
+def test_drift_is_judged_on_five_widths_of_seeds_of_its_own():
+    last = made_up(study.LAST, study.planned)
+    before = made_up(study.LATER, lambda seed: study.valleys(seed, study.FIVE))
+    judged = study.drifts([*last, *before], study.LAST, study.PLANNED)
+    for seeds, pairs in ((study.LAST, judged), (study.LATER, study.judged_third(before))):
+        assert [pair.seed for pair in pairs] == list(seeds)
+        for pair in pairs:
+            assert (pair.method, pair.baseline) == pytest.approx((0.1, 1.0), abs=0.03)
+    assert (*study.WIDTHS, study.WIDEST) == study.PLANNED
     assert study.LADDER[-1] == study.WIDEST and len(study.LADDER) == 5
-    assert study.judged_first(runs) == study.judged_second(runs) == []
+    assert study.judged_first(before) == study.judged_second(before) == []
+
+
+def test_the_planned_runs_have_three_rates_and_the_standard_ones_the_bases_too():
+    points = study.planned(15)
+    for kind in study.BOTH:
+        for dim in study.PLANNED:
+            either = kind if dim != study.BASE else "standard"
+            lr = [p["lr"] for p in points if (p["parametrization"], p["dim"]) == (either, dim)]
+            np.testing.assert_allclose(np.diff(np.log2(study.PLAN[kind][dim])), 1.0, atol=0.1)
+            assert set(lr) == {*study.PLAN[kind][dim], study.RATE}
+    assert {p["steps"] for p in points} == {study.LONG}
+    assert study.LONG * study.BATCH == 2**18
+    assert len({tuple(sorted(p.items())) for p in points}) == len(points) == 30
+
+
+def test_losses_are_those_of_whole_trainings_of_either_length():
+    whole = run("mup", 64, 0.008, 2.0, steps=study.LONG)
+    four = run("mup", 64, 0.008, 3.0, steps=study.FEW)
+    assert study.losses([whole, four], 64) == {0.008: 2.0}
 
 
 def test_a_law_is_told_the_narrower_models_at_the_bases_rate_alone():
@@ -287,7 +314,7 @@ def test_seeds_of_the_drift_have_five_rates_about_a_factor_2_apart(seeds, rates,
 
 
 def test_each_design_of_the_drift_has_seeds_of_its_own():
-    seeds = [*study.SEEDS, *study.FRESH, *study.LATER]
+    seeds = [*study.SEEDS, *study.FRESH, *study.LATER, *study.LAST]
     assert len(set(seeds)) == len(seeds)
 
 

@@ -76,11 +76,52 @@ def test_a_surface_is_numpys_least_squares_of_noisy_runs():
     x, y = np.log([[run["lr"], run["batch"]] for run in runs]).T
     terms = np.column_stack([np.ones(len(x)), x, y, x**2, x * y, y**2])
     values = np.linalg.lstsq(terms, [run["loss"] for run in runs], rcond=None)[0]
-    surface = step_law.quadratic_surface(runs)
+    surface = step_law.quadratic_surface(runs, batches=6)
     said = [float(surface.loss(run["lr"], run["batch"])) for run in runs]
     np.testing.assert_allclose(said, terms @ values, atol=1e-10)
     *_, aa, ab, bb = values
     np.testing.assert_allclose(surface.hessian, [[2 * aa, ab], [ab, 2 * bb]], atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("place", "kept"), [(300.0, (64, 1024)), (60.0, (64, 1024)), (9e3, (256, 4096))]
+)
+def test_a_surface_is_laid_through_the_five_batches_nearest_the_best(place, kept):
+    runs, _ = cell(1e4, 1e6, 0.01, place)
+    runs += [
+        run | {"batch": 4096, "loss": run["loss"] + 0.3} for run in runs if run["batch"] == 2048
+    ]
+    if place > 4096:
+        runs = [run | {"loss": run["loss"] - (run["batch"] == 4096)} for run in runs]
+    surface = step_law.quadratic_surface(runs)
+    assert np.exp([surface.low[1], surface.high[1]]) == pytest.approx(kept)
+    far = [run["batch"] < kept[0] or run["batch"] > kept[1] for run in runs]
+    worse = [run | {"loss": run["loss"] + 9 * off} for run, off in zip(runs, far)]
+    np.testing.assert_array_equal(step_law.quadratic_surface(worse).hessian, surface.hessian)
+    every = step_law.quadratic_surface(runs, batches=9)
+    assert np.exp(every.high[1]) == pytest.approx(4096) and not np.allclose(
+        every.hessian, surface.hessian
+    )
+
+
+@pytest.mark.parametrize(
+    "place", [(0.01, 300.0), (0.01, 20.0), (0.9, 300.0), (1e-4, 9e3), (0.01, 3e4)]
+)
+@pytest.mark.parametrize("width", [0.1, -0.02])
+def test_the_lowest_point_is_that_of_a_fine_grid_over_what_was_tried(place, width):
+    runs, _ = cell(1e4, 1e6, 0.01, 300.0)
+    tried = np.log([[run["lr"], run["batch"]] for run in runs])
+    hessian = np.array([[width, 0.02], [0.02, 0.05]])
+    off = tried - np.log(place)
+    runs = [run | {"loss": 2 + x @ hessian @ x / 2} for run, x in zip(runs, off)]
+    surface = step_law.quadratic_surface(runs, batches=6)
+    lowest = surface.lowest()
+    ends = [np.exp(np.linspace(a, z, 401)) for a, z in zip(surface.low, surface.high)]
+    least = surface.loss(ends[0][:, None], ends[1]).min()
+    assert float(surface.loss(*lowest)) == pytest.approx(least, abs=1e-4)
+    assert surface.inside(lowest) == pytest.approx(lowest), "it lies within what was tried"
+    choices = [step_law.Choice(lr, batch) for lr in ends[0][::80] for batch in ends[1][::80]]
+    assert min(step_law.regret(choice, surface) for choice in choices) > -1e-12
 
 
 def test_a_saddle_has_no_bottom_and_too_few_runs_no_surface():
@@ -212,6 +253,22 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_exercises_tell_right_from_wrong(name, tells_right_from_wrong):
     tells_right_from_wrong(getattr(exercises, name), WRONG[name])
+
+
+def test_rows_within_a_surface_and_by_how_much_it_misses_them():
+    from lablib.studies import step_law as study
+
+    runs = [run | {"seed": seed} for seed in (0, 1) for run in cell(1e4, 1e6, 0.01, 300.0)[0]]
+    bent = [run | {"loss": run["loss"] + 0.2 * (run["batch"] == 2048)} for run in runs]
+    surface = step_law.quadratic_surface(bent)
+    near = study.within(bent, surface)
+    assert sorted({run["batch"] for run in near}) == [64, 128, 256, 512, 1024]
+    assert study.misses(bent, 5) < 1e-9 < 0.01 < study.misses(bent, 6) < 0.1
+    higher = [run | {"loss": run["loss"] + run["seed"]} for run in runs]
+    means = study.averaged(higher)
+    assert len(means) == len(runs) / 2
+    at = runs[0]["lr"], runs[0]["batch"]
+    assert means[at] == pytest.approx(runs[0]["loss"] + 0.5)
 
 
 def test_the_laws_were_read_off_the_grid_that_is_stored():

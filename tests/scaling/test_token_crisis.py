@@ -1,9 +1,11 @@
 import copy
+import inspect
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from lablib.evidence import matching
 from lablib.evidence.studies import Study
 from lablib.exercises import token_crisis as exercises
 from lablib.experts.accounting import flops
@@ -175,7 +177,7 @@ def test_published_values_agree_with_the_counts():
     assert all(row["source"] for row in tc.published().values())
 
 
-def test_a_valley_has_each_strength_once_at_the_rate_of_new_text():
+def test_a_valley_has_each_strength_once_on_one_seed_at_the_rate_of_new_text():
     rows = [
         {"kind": "plain", "unique": 8, "lr": study.RATE},
         {"kind": "plain", "unique": None},
@@ -183,11 +185,33 @@ def test_a_valley_has_each_strength_once_at_the_rate_of_new_text():
         {"kind": "dropout", "unique": 8, "strength": 0.1},
         {"kind": "large", "unique": 8, "strength": 0.1},
         {"kind": "large", "unique": 8, "lr": study.RATE},
-        {"kind": "large", "unique": 8, "lr": study.SLOW},
+        {"kind": "large", "unique": 8, "lr": study.SLOW_LARGE},
     ]
+    rows = [row | {"seed": seed} for seed in (100, 101) for row in rows]
     assert study.valley(rows, 8) == {0.0: rows[0], 0.1: rows[3]}
     assert study.valley(rows, None) == {0.0: rows[1]}
     assert study.valley(rows, 8, "large") == {0.1: rows[4], 0.0: rows[5]}
+    assert study.valley(rows, 8, seed=101) == {0.0: rows[7], 0.1: rows[10]}
+
+
+def tuning(value, **where):
+    """Mean loss over the tuning seeds, by what was tried; what one seed alone tried is left out."""
+    losses = {}
+    for run in matching(Study(paper("token-crisis")).runs("TUNING"), unique=study.LITTLE, **where):
+        losses.setdefault(run[value], []).append(run["loss"])
+    return {tried: sum(both) / 2 for tried, both in losses.items() if len(both) == 2}
+
+
+def test_what_is_judged_was_the_best_of_four_on_two_tuning_seeds():
+    means = {kind: tuning("strength", kind=kind) for kind in study.REMEDIES}
+    best = {kind: min(tried, key=tried.get) for kind, tried in means.items()}
+    assert all(len(tried) == 4 for tried in means.values())
+    assert best == {kind: study.STRENGTH[kind] for kind in study.REMEDIES}
+    assert study.STRENGTH["late"] == study.STRENGTH["dropout"]
+    lowest = {kind: min(means[kind].values()) for kind in study.REMEDIES if kind != "dropout"}
+    assert min(lowest, key=lowest.get) == study.RIVAL
+    rates = tuning("lr", kind="slow")
+    assert len(rates) == 4 and min(rates, key=rates.get) == study.SLOW
 
 
 def test_what_is_carried_is_the_best_of_the_tuning_seed():
@@ -196,6 +220,31 @@ def test_what_is_carried_is_the_best_of_the_tuning_seed():
     assert min(experts, key=lambda p: experts[p]["loss"]) == study.CARRIED
     plain = [r for r in runs if r["kind"] == "large" and "strength" not in r]
     assert min(plain, key=lambda r: r["loss"])["lr"] == study.SLOW_LARGE
+
+
+def test_the_objectives_have_the_rate_that_is_best_for_new_text_on_ul2():
+    runs = Study(paper("token-crisis")).runs("TUNING")
+    rates = {r["lr"]: r["loss"] for r in matching(runs, kind="ul2", unique=None)}
+    assert len(rates) == 3 and min(rates, key=rates.get) == study.OBJECTIVE_RATE
+    judged = [p for p in study.POINTS if p["kind"] in study.OBJECTIVES]
+    assert {point["lr"] for point in judged} == {study.OBJECTIVE_RATE}
+
+
+def test_a_change_is_paired_by_seed_and_a_cost_is_that_of_repeating():
+    losses = {("ul2", study.LITTLE): 3.0, ("ul2", None): 2.5, ("spans", None): 2.25}
+    rows = [
+        {"kind": kind, "unique": unique, "seed": seed, "loss": loss + seed}
+        for (kind, unique), loss in losses.items()
+        for seed in (1, 0)
+    ]
+    assert study.change(rows, {"kind": "spans"}, {"kind": "ul2", "unique": None}) == [-0.25] * 2
+    assert study.cost(rows, "ul2") == {0: 0.5, 1: 0.5}
+
+
+def test_every_model_sees_as_many_bytes_and_what_is_repeated_32_or_8_times():
+    assert {study.LITTLE * 32, study.MORE * 8} == {study.MB}
+    assert inspect.signature(study.run).parameters["tokens"].default == study.MB
+    assert not any("tokens" in point for point in study.POINTS + study.TUNING)
 
 
 def test_the_twins_have_nearly_as_many_parameters():
