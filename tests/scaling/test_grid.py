@@ -55,7 +55,11 @@ def test_a_fourth_rate_lies_beyond_the_end_at_which_the_best_lay_on_the_tuning_s
         best = min(three, key=loss.get)
         more = [lr for lr in loss if lr not in three]
         if best == three[1]:
-            assert not more or cell == (32, grid.MB // 8, 2048)  # for as many tries as the most text
+            assert not more or cell == (
+                32,
+                grid.MB // 8,
+                2048,
+            )  # for as many tries as the most text
         else:
             (lr,) = more
             assert (lr < three[0]) == (best == three[0])
