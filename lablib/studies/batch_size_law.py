@@ -80,8 +80,6 @@ def exponents(runs: list, seed: int) -> dict:
     best batches on less text foretell, and with the one that was best for it on the least.
     """
     rows = matching(runs, part="batch-rate", seed=seed)
-    cells = {(run["N"], run["tokens"]) for run in rows}
-    slopes = [law.fit_gamma(matching(rows, N=N, tokens=D)) for N, D in sorted(cells)]
     front = law.optimal_batch(rows, hold="compute")
     compute = [one.compute for one in front]
     optima = law.optimal_batch(rows)
@@ -89,7 +87,7 @@ def exponents(runs: list, seed: int) -> dict:
     last = matching(rows, tokens=MOST, **SMALL)
     kept = law.optimal_batch(matching(rows, tokens=LEAST, **SMALL))[0].batch
     return {
-        "gamma": float(np.mean(slopes)),
+        "gamma": mean_gamma(rows),
         "constant": 0.0,
         "steps": law.exponent(compute, [one.steps for one in front]),
         "bytes_a_step": law.exponent(compute, [one.batch for one in front]),
@@ -99,6 +97,12 @@ def exponents(runs: list, seed: int) -> dict:
         "kept": law.loss_at(kept, last),
         "sum": float(sum(run["loss"] for run in rows)),
     }
+
+
+def mean_gamma(rows: list) -> float:
+    """gamma of one seed's rows, the mean over sizes and texts."""
+    cells = {(run["N"], run["tokens"]) for run in rows}
+    return float(np.mean([law.fit_gamma(matching(rows, N=N, tokens=D)) for N, D in sorted(cells)]))
 
 
 SEEDS = range(5)
@@ -161,10 +165,7 @@ def best(runs: list, cell: dict) -> dict[int, float]:
 def gammas(runs: list, low: float, high: float) -> list[float]:
     """gamma over batches from low to high alone, by seed, the mean over sizes and texts."""
     rows = [run for run in matching(runs, part="batch-rate") if low <= run["batch"] <= high]
-    cells: dict[int, dict] = {}
-    for run in rows:
-        cells.setdefault(run["seed"], {}).setdefault((run["N"], run["tokens"]), []).append(run)
-    return [float(np.mean([*map(law.fit_gamma, cells[seed].values())])) for seed in sorted(cells)]
+    return [mean_gamma(matching(rows, seed=seed)) for seed in sorted({r["seed"] for r in rows})]
 
 
 def words(tokens: float) -> str:
