@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lablib.paths import data_dir
-from lablib.scaling.curves import valley
+from lablib.scaling.curves import around, valley
 
 Run = Mapping[str, Any]
 Number = float | np.ndarray
@@ -41,9 +41,7 @@ def bottom(x: Sequence[float], loss: Sequence[float], points: int = 5) -> Bottom
     Raises ValueError for fewer than 3 different x, or x that are not above 0.
     """
     u, loss = _sorted(x, loss)
-    points = min(points, len(u))
-    first = int(np.clip(loss.argmin() - points // 2, 0, len(u) - points))
-    near = slice(first, first + points)
+    near = around(int(loss.argmin()), points, len(u))
     # L = a u^2 + b u + c,  u = ln x
     a, b, c = np.polyfit(u[near], loss[near], 2)
     # dL/du = 0 at u = -b / 2a

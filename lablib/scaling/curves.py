@@ -40,13 +40,18 @@ def valley(x: Sequence[float], loss: Sequence[float], points: int = 3) -> Valley
     best = int(np.argmin(loss))
     if best in (0, len(x) - 1):
         return Valley(np.nan, np.nan, np.nan, False)
-    first = int(np.clip(best - points // 2, 0, len(x) - points))
-    near = slice(first, first + points)
+    near = around(best, points, len(x))
     a, b, c = np.polyfit(x[near] - x[best], loss[near], 2)
     place = -b / (2 * a) if a > 0 else np.inf
     if not x[near][0] < x[best] + place < x[near][-1]:
         return Valley(np.nan, np.nan, np.nan, False)
     return Valley(float(np.exp(x[best] + place)), float(c - b**2 / (4 * a)), float(2 * a), True)
+
+
+def around(place: int, count: int, total: int) -> slice:
+    """The `count` of `total` places nearest to one; all of them where there are no more."""
+    first = int(np.clip(place - count // 2, 0, max(0, total - count)))
+    return slice(first, first + count)
 
 
 class Frontier(NamedTuple):

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lablib.paths import data_dir
+from lablib.scaling.curves import around
 
 Run = Mapping[str, Any]
 Number = float | np.ndarray
@@ -214,8 +215,7 @@ def quadratic_surface(runs: Sequence[Run], batches: int = 5) -> Surface:
 def _near_best(runs: Sequence[Run], batches: int) -> list[Run]:
     tried = sorted({run["batch"] for run in runs})
     best = tried.index(min(runs, key=lambda run: run["loss"])["batch"])
-    first = int(np.clip(best - batches // 2, 0, max(0, len(tried) - batches)))
-    kept = tried[first : first + batches]
+    kept = tried[around(best, batches, len(tried))]
     return [run for run in runs if run["batch"] in kept]
 
 

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from lablib.scaling.curves import first_below, frontier, valley
+from lablib.scaling.curves import around, first_below, frontier, valley
 
 
 def test_the_vertex_of_a_parabola_is_found():
@@ -39,3 +39,11 @@ def test_when_a_curve_first_reaches_a_loss():
     assert first_below(x, loss, 1.5) == pytest.approx(2 * math.sqrt(2))
     assert first_below(x, loss, 5.0) == 1 and math.isnan(first_below(x, loss, 0.5))
     assert first_below(x, [3.0, 2.0, 2.5], 2.0) == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "count", "kept"),
+    [(0, 3, [0, 1, 2]), (3, 3, [2, 3, 4]), (6, 3, [4, 5, 6]), (4, 9, [0, 1, 2, 3, 4, 5, 6])],
+)
+def test_around_a_place_lie_so_many_at_the_ends_too(place, count, kept):
+    assert list(range(7))[around(place, count, 7)] == kept
