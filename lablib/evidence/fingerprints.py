@@ -54,7 +54,7 @@ def constants(*roots: str, package: Path = PACKAGE) -> dict[str, str]:
 
 def _entries(name: str, value: ast.expr) -> dict[str, str]:
     if not isinstance(value, ast.Dict) or not all(isinstance(k, ast.Constant) for k in value.keys):
-        return {name: _short(dump(value))[:8]}
+        return {name: short_hash(dump(value))[:8]}
     parts = zip(value.keys, value.values)
     return {
         k: v for key, part in parts for k, v in _entries(f"{name}[{key.value!r}]", part).items()
@@ -70,7 +70,7 @@ def notebook_hash(path: Path, package: Path = PACKAGE) -> str:
         sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
         return _code(package).digest_of_notebook("\n".join(sources))
 
-    return _remembered("notebooks", f"{_short(text)} {_state(package)}", compute)
+    return _remembered("notebooks", f"{short_hash(text)} {_state(package)}", compute)
 
 
 def content_digest(path: Path) -> str:
@@ -103,7 +103,7 @@ def _known(memo: Path) -> dict[str, str]:
 def _state(package: Path) -> str:
     """Changes whenever one of the package's files does."""
     stats = ((path, path.stat()) for path in sorted(package.rglob("*.py")))
-    return _short(" ".join(f"{path} {s.st_size} {s.st_mtime_ns}" for path, s in stats))
+    return short_hash(" ".join(f"{path} {s.st_size} {s.st_mtime_ns}" for path, s in stats))
 
 
 @cache
@@ -146,7 +146,7 @@ class Code:
     def digest(self, names: Iterable[Name]) -> str:
         """A hash of the definitions, whichever modules they lie in."""
         rows = sorted(f"{name}={self.module(module).dump(name)}" for module, name in names)
-        return _short("\n".join(rows))
+        return short_hash("\n".join(rows))
 
     def digest_of_notebook(self, source: str) -> str:
         lines = (line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
@@ -154,7 +154,7 @@ class Code:
         kept = claim_statements(module.tree.body)
         names = {name for node in kept for name in module.resolved(node)}
         own = "\n".join(dump(node) for node in kept)
-        return _short(own + self.digest(self.reached(names)))
+        return short_hash(own + self.digest(self.reached(names)))
 
     def follow(
         self, module: str, parts: list[str], passed: frozenset[Name] = frozenset()
@@ -451,5 +451,6 @@ def _shows(node: ast.stmt) -> bool:
     return bool(_roots(node.value.func) & SHOWING)
 
 
-def _short(text: str) -> str:
+def short_hash(text: str) -> str:
+    """The first 16 hexadecimal digits of a text's SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import json
 import math
 import os
@@ -201,8 +202,21 @@ class Study:
 
         A canary reads few of them: what was tuned for other kinds of runs, it can't tell.
         """
-        stored, now = self.read()[0].get("constants", {}), self.constants()
+        stored, now = self.read()[0].get("constants", {}), self.constants() | self.defaults()
         return [name for name, value in now.items() if stored.get(name, value) != value]
+
+    def defaults(self) -> dict[str, str]:
+        """What points leave to `run`: "glam.run(rows)" -> its default, or a hash of a long one.
+
+        A canary often names what the points leave out, so it can't tell these either.
+        """
+        points = [*self.module.POINTS, *getattr(self.module, "TUNING", [])]
+        found = {
+            f"{self.paper.name}.run({name})": repr(parameter.default)
+            for name, parameter in inspect.signature(self.module.run).parameters.items()
+            if parameter.default is not parameter.empty and any(name not in p for p in points)
+        }
+        return {k: v if len(v) < 40 else fingerprints.short_hash(v) for k, v in found.items()}
 
     def read(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The header and the rows, {"point", "result", "seconds"}, as they are stored.
@@ -316,7 +330,7 @@ class Study:
         header = {
             "study": self.paper.slug,
             "code": code,
-            "constants": self.constants(),
+            "constants": self.constants() | self.defaults(),
             "canary": self.canary(),
             "content": opened_content(),
             "device": device(),

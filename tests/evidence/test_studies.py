@@ -136,6 +136,26 @@ def test_no_canary_vouches_for_a_changed_constant(study):
     assert len(module.calls) == 24 and study.problems() == []
 
 
+def test_no_canary_vouches_for_a_changed_default(study):
+    study, module = study
+
+    def run(kind, seed, lr=1e-3, rows=8):
+        return module.runs_of(kind=kind, seed=seed)
+
+    module.runs_of, module.run = module.run, run
+    module.CANARY = module.CANARY | {"lr": 1e-3}
+    study.make()
+    module.run = lambda kind, seed, lr=2e-3, rows=8, more=1: run(kind, seed)
+    (problem,) = study.problems()
+    assert "stale, fabricated.run(lr) changed" in problem and study.difference_of_canary() == 0
+    module.POINTS, module.TUNING = (
+        [point | {"lr": 1e-3} for point in points] for points in (module.POINTS, module.TUNING)
+    )
+    study.make()
+    assert study.defaults() == {"fabricated.run(rows)": "8", "fabricated.run(more)": "1"}
+    assert study.problems() == []  # none of the points leaves the rate out
+
+
 def test_a_broken_canary_is_seen_though_no_code_changed(study):
     study, module = study
     study.make()
