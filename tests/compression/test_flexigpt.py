@@ -8,8 +8,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lablib.compression import flexigpt as fg
 from lablib.compression.recover import recover
+from lablib.evidence import matching
+from lablib.evidence.studies import Study
 from lablib.exercises import flexigpt as exercises
 from lablib.models import GPT, GPTConfig, anatomy
+from lablib.papers import paper
 from lablib.studies import flexigpt as study
 
 METRICS = ("paper", "whole", "plain")
@@ -379,6 +382,15 @@ def test_slices_of_held_out_text_are_disjoint():
     ids = torch.arange(40 * (study.SCORED + 1) * 32)
     parts = [study.slice_of(ids, seed, 32).flatten() for seed in range(5)]
     assert len(torch.cat(parts).unique()) == sum(map(len, parts))
+
+
+def test_distances_are_stored_for_each_power_of_two_that_the_lab_offers():
+    maps = matching(Study(paper("flexigpt")).runs(), kind="map", metric="paper")
+    assert [run["rank"] for run in maps] == [2**power for power in range(2, 8)]
+    assert len({tuple(run["distances"]) for run in maps}) == len(maps)
+    for run in maps:
+        assert len(run["distances"]) == 30 * 29 // 2
+        assert all(block != near for block, near in enumerate(run["nearest"]))
 
 
 WRONG = {

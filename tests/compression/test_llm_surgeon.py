@@ -80,6 +80,13 @@ def test_costs_and_moves_are_those_of_least_squares_solved_again():
         torch.testing.assert_close(layer.without(none[0], gone), again)
 
 
+def test_both_ways_agree_for_the_surgeon_alone():
+    ours, theirs = study.both_ways(1)
+    torch.testing.assert_close(ours, theirs, atol=1e-8, rtol=1e-6)
+    still, _ = study.both_ways(1, "k-obd")
+    assert still.shape == theirs.shape and not torch.isclose(still, theirs).all()
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.sets(st.integers(0, 4), max_size=4),
@@ -362,9 +369,38 @@ def test_a_run_leaves_the_whole_model_alone():
 
 def test_levels_of_a_run():
     several = study.levels(5, study.ROWS_AND_COLUMNS)
-    assert several == pytest.approx([0.04, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3])
+    fifth = [0.04, 0.08, 0.12, 0.16, 0.2]
+    assert several == pytest.approx([*fifth, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5])
     assert study.levels(1, study.ROWS_AND_COLUMNS) == [0.1, 0.2, 0.3, 0.5]
     assert study.levels(1, study.TWO_OF_FOUR) == [0.5]
+    assert study.levels(5, study.TWO_OF_FOUR) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+def test_no_two_seeds_are_judged_on_the_same_text():
+    n, seeds = study.SIZES["rows"], {point["seed"] for point in [*study.POINTS, *study.TUNING]}
+    judged = [study.slice_of("tiny-4m", seed, n) for seed in sorted(seeds)]
+    rows = torch.cat(judged)[:, 1:]  # of what is scored
+    assert rows.shape == (n * len(seeds), 256) and n * 256 == 8192
+    assert len({tuple(row.tolist()) for row in rows}) == len(rows)
+
+
+def test_claims_are_judged_at_their_level_and_in_their_shots():
+    marks = {"surgeon": 1.0, "k-obd": 2.0, "l-obd": 3.0, "magnitude": 4.0, "costs": 5.0}
+    runs = [
+        point
+        | {
+            f"over_{100 * level:.0f}": marks[point["method"]] + 10 * point["shots"] + level
+            for level in study.levels(point["shots"], point["structure"])
+        }
+        for point in study.POINTS
+        if "structure" in point
+    ]
+    found = {id: {pair[1:] for pair in pairs} for id, pairs in study.values(runs).items()}
+    assert found["k-obd-50"] == {(51.5, 52.5)} and found["k-obd-30"] == {(51.3, 52.3)}
+    assert found["shots"] == {(51.2, 11.2)} and found["update"] == {(11.2, 15.2)}
+    assert found["update-shots"] == {(51.2, 55.2)}
+    assert found["two-four"] == {(11.5, 14.5)} and found["two-four-shots"] == {(51.5, 11.5)}
+    assert all(len(pairs) == 5 for pairs in study.values(runs).values())
 
 
 def test_what_was_promised_is_the_sum_of_costs_of_what_is_gone():

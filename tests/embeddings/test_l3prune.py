@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from lablib.embeddings import l3prune as l3
 from lablib.embeddings.encode import Encoder, pool
-from lablib.evidence import Pair
+from lablib.evidence import Pair, matching
+from lablib.evidence.studies import Study
 from lablib.exercises import l3prune as exercises
 from lablib.models import GPT, GPTConfig, anatomy, pretrained
 from lablib.papers import paper
@@ -236,6 +237,13 @@ def test_minilm_is_cut_and_tuned_at_each_depths_own_rate(monkeypatch):
     assert told["3 before"] == told["3 trained"] > 100 / 8  # better than chance, untrained
     with pytest.raises(ValueError, match="zip"):
         study.run("minilm", 100, rates=[1e-3])
+
+
+def test_minilms_rates_are_the_best_of_the_tuning_seed():
+    (tries,) = matching(Study(paper("l3prune")).runs("TUNING"), kept="minilm, tries")
+    for n, rate in zip(study.CUTS, study.MINI_RATES, strict=True):
+        right = tries[f"{n} trained"]
+        assert study.MINI_GRID[right.index(max(right))] == rate
 
 
 def test_judged_headings_are_none_that_minilm_learned():

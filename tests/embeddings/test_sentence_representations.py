@@ -7,6 +7,7 @@ import transformers as hf
 
 from lablib.embeddings import sentence_representations as sr
 from lablib.evidence.claims import judge
+from lablib.evidence.studies import Study
 from lablib.exercises import sentence_representations as exercises
 from lablib.models import GPT, GPTConfig, anatomy
 from lablib.models.gpt import rotary_table
@@ -269,6 +270,32 @@ def test_the_headline_turns_when_sentences_are_lost():
 def test_two_starts_are_no_part_of_the_headline():
     run = {"seed": 0, "SmolLM2 layers exact": 1.0}
     assert study.values([run, run | {"tries": 2}])["recovered"] == [1.0]
+
+
+def test_a_rate_comes_from_the_point_where_none_is_tuned(monkeypatch):
+    seen = []
+
+    def searched(seed, rate, **condition):
+        seen.append((rate, condition["dim"], condition["cut"]))
+        return {"wait": 3.0}
+
+    monkeypatch.setattr(study, "searched", searched)
+    assert study.run(1, ",".join(study.MORE), rate=0.5).keys() == {f"{n} wait" for n in study.MORE}
+    assert seen == [(0.5, 64, 32), (0.5, 64, 64), (0.5, 32, 8), (0.5, 128, 8)]
+    with pytest.raises(KeyError):
+        study.run(1, "64 tokens")
+
+
+def test_added_sizes_have_the_best_rate_of_both_tuning_seeds():
+    stored = Study(paper("sentence-representations")).runs("TUNING")
+    tried = [run for run in stored if "rate" in run]
+    assert {run["seed"] for run in tried} == {100, 101}
+    for name in study.MORE:
+        waits: dict[float, float] = {}
+        for run in tried:
+            waits[run["rate"]] = waits.get(run["rate"], 0) + run[f"{name} wait"]
+        best = min(waits, key=waits.get)
+        assert best == study.RATES[name] and min(waits) < best < max(waits)
 
 
 def test_of_several_searches_each_sentence_has_its_best():

@@ -20,7 +20,8 @@ from lablib.embeddings.ullme import (
     two_rankings,
     written,
 )
-from lablib.evidence.studies import Study
+from lablib.evidence import Pair
+from lablib.evidence.studies import Study, matching
 from lablib.exercises import ullme as exercises
 from lablib.models.weights import pretrained
 from lablib.papers import paper
@@ -191,10 +192,35 @@ def test_imitation_is_the_writers_own_loss():
     assert losses["dpo"] < 2 < losses["sft"]  # near log 2, and nats of a token
 
 
+def best_of_both_seeds(objective, key):
+    """What of a point gave the highest nDCG, in the sum of two tuning seeds."""
+    runs = matching(Study(paper("ullme")).runs("TUNING"), objective=objective)
+    first, second = (matching(runs, seed=seed) for seed in (100, 101))
+    assert [run[key] for run in first] == [run[key] for run in second]
+    sums = [a["ndcg"] + b["ndcg"] for a, b in zip(first, second, strict=True)]
+    assert 0 < sums.index(max(sums)) < len(sums) - 1, "the best of a grid lies inside"
+    return first[sums.index(max(sums))][key]
+
+
+def test_what_came_later_was_tuned_on_two_seeds():
+    assert best_of_both_seeds("imitation", "weights") == [1.0, study.IMITATED, 0.0]
+    for name, kind in study.DOCSTRINGS.items():
+        assert best_of_both_seeds(kind["objective"], "rate") == study.DOC_RATES[name]
+
+
+def test_docstrings_are_judged_apart_from_headings():
+    runs = [p | {"ndcg": p["seed"] / 10, "agreement": 0.0} for p in study.POINTS]
+    for run in runs:
+        run["ndcg"] += run.get("collection") == "docstrings"
+    found = study.values(runs)["grl-docstrings"]
+    assert found == [Pair(seed, 1 + seed / 10, 1 + seed / 10) for seed in study.SEEDS]
+    assert all(pair.method < 1 for pair in study.values(runs)["grl"])
+
+
 def test_counts_of_words_are_far_ahead_of_chance():
     found = study.by_words(0)
     assert set(found) == {"BM25", "tf-idf"} and all(0.5 < score < 1 for score in found.values())
-    assert study.by_words(1) != found
+    assert study.by_words(1) != found != study.by_words(0, "docstrings")
 
 
 # Exercises.

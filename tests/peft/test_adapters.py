@@ -346,7 +346,7 @@ def test_an_adapter_that_does_nothing_is_not_competitive():
 
 
 def test_rates_and_the_best_method_are_those_of_the_tuning_seed():
-    upper, lower = Study(paper("adapters")).runs("TUNING")
+    upper, lower, pairs = Study(paper("adapters")).runs("TUNING")
     losses = {}
     for kind, rates in study.RATES.items():
         rates = [*study.LOWER.get(kind, ()), *rates]
@@ -356,6 +356,21 @@ def test_rates_and_the_best_method_are_those_of_the_tuning_seed():
     assert len(losses[study.BEST]) == len(losses["full"])
     methods = {kind: min(found) for kind, found in losses.items() if kind != "full"}
     assert min(methods, key=methods.get) == study.BEST
+    for kind, rates in study.PAIR_RATES.items():
+        best = min(range(len(rates)), key=pairs[f"{kind}_error"].__getitem__)
+        assert 0 < best < len(rates) - 1 and rates[best] == study.PAIR_TUNED[kind]
+
+
+def test_both_tasks_count_alike():
+    told = study.run("tasks", 201, steps=1, judged=24)
+    for kind in (study.BEST, "full", "head"):
+        both = [told[f"{kind}_{task}"] for task in ("movies", "sts-b")]
+        assert told[f"{kind}_mean"] == pytest.approx(sum(both) / 2)
+        alone = study.run(kind, 201, steps=1, judged=24)["accuracy"]
+        assert both[0] == pytest.approx(alone, abs=1e-4)  # it is stored rounded
+    encoded, labels, *_ = study.sentences_of(201, 24, "sts-b")
+    assert labels.is_floating_point() and -0.5 <= labels.min() < labels.max() <= 0.5
+    assert encoded.mask.shape[1] > study.WORDS  # two sentences are read
 
 
 def test_the_best_rate_is_the_vertex_of_a_parabola():

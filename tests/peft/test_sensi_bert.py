@@ -7,11 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lablib.compression.structures import sliced
+from lablib.evidence import Pair
+from lablib.evidence.studies import Study
 from lablib.exercises import sensi_bert as exercises
 from lablib.models import GPT, GPTConfig, anatomy
 from lablib.models.classifier import Classifier, Encoded
+from lablib.papers import paper
 from lablib.peft import sensi_bert as s
 from lablib.peft.tuning import task_loss
+from lablib.studies import sensi_bert as study
 
 SIZES = {
     "vocab_size": 60,
@@ -239,6 +243,24 @@ def test_the_whole_model_is_left_as_it_was():
     s.left_out(made.model, batches(1), loss_of(made), [(1, "heads")])
     assert all(torch.equal(p, before[n]) for n, p in made.named_parameters())
     assert anatomy.blocks(made.model)[0].attention.self.num_attention_heads == 4
+
+
+# The study.
+
+
+def test_each_budget_is_judged_on_its_own_runs():
+    worth = {"rank": 3.0, "uniform": 1.0}
+    runs = [p | {"points": worth.get(p["way"], 0.0) * p["share"]} for p in study.POINTS]
+    found = study.values(runs)
+    for id, share in (("uniform", 0.4), ("uniform-60", 0.6)):
+        assert found[id] == [Pair(seed, 3 * share, share) for seed in study.SEEDS]
+
+
+def test_of_the_encoder_as_much_is_left_as_the_budget_says():
+    runs = Study(paper("sensi-bert")).runs()
+    whole = {run["kept"] for run in runs if run["way"] == "whole"}
+    for run in runs:
+        assert run["kept"] / max(whole) == pytest.approx(run["share"], abs=0.01)
 
 
 # Exercises.

@@ -142,6 +142,46 @@ def test_the_studys_table_of_a_known_law():
     assert len(never[0]) == 0
 
 
+def on_a_line(longer=1):
+    """Rows of one seed for which every loss takes 1 + B/3000 times as much text as single rows.
+
+    longer: how many times as much the largest batch takes.
+    """
+    every, rows = 64 * study.KB, []
+    seen = every * np.arange(1, 97)
+    for batch in (256 * 2**i for i in range(7)):
+        needs = (1 + batch / 3000) * (longer if batch == 16384 else 1)
+        row = {"part": "steps", "batch": batch, "tokens": every * 96, "points": 96}
+        row["averaged"] = [(1 + 50 * (seen / needs) ** -0.3).tolist()]
+        rows += [row | {"dim": dim, "N": 100 * dim, "loss": 1.0} for dim in study.SIZES]
+    return rows
+
+
+def test_small_batches_foretell_what_larger_ones_need_where_the_line_holds(monkeypatch):
+    monkeypatch.setattr(study, "SIZES", study.SIZES[:2])
+    monkeypatch.setattr(study, "TARGETS", study.TARGETS[:2])
+    made = study.from_few(on_a_line())
+    assert np.shape(made["beyond"]) == (2, 2, 2), "sizes, targets, larger batches"
+    np.testing.assert_allclose(made["beyond"], 1, rtol=0.02)
+    assert max(abs(made["few_in_size"]), abs(made["few_in_data"])) < 0.02
+    few = [row for row in on_a_line() if row["batch"] <= study.FEW]
+    line = study.fitted(few, 32, study.TARGETS[0])
+    one, twice = study.beyond(on_a_line(longer=2), 32, study.TARGETS[0], line)
+    assert (one, twice) == (pytest.approx(1, rel=0.02), pytest.approx(2, rel=0.02))
+    never = study.beyond(on_a_line(longer=100), 32, study.TARGETS[0], line)
+    assert never == [pytest.approx(1, rel=0.02), None]
+    runs = [made | {"kind": "grid"}, {"kind": "grid", "beyond": [[[1.5, None], [1.5, 2.0]]] * 2}]
+    more = study.beside_foretold([*runs, *on_a_line()])
+    assert list(more) == [8192, 16384]
+    np.testing.assert_allclose([more[8192], more[16384]], [[0, 50], [0, 100]], atol=2)
+
+
+def test_the_published_exponent_when_counts_are_drawn_again():
+    drawn = [study.redrawn(np.random.default_rng(seed)) for seed in range(40)]
+    low, middle, high = np.quantile(drawn, [0.1, 0.5, 0.9])
+    assert 0.37 < low < 0.44 < middle < 0.47 < high < 0.52
+
+
 def test_the_exponent_in_size_is_a_slope_over_all_sizes():
     flat, steep = study.made_up(7), study.made_up(7, by_size=0.3)
     largest = [row if row["dim"] < 64 else other for row, other in zip(flat, steep, strict=True)]

@@ -63,3 +63,16 @@ def test_a_fourth_rate_lies_beyond_the_end_at_which_the_best_lay_on_the_tuning_s
         else:
             (lr,) = more
             assert (lr < three[0]) == (best == three[0])
+
+
+def test_seven_batches_read_to_a_loss_and_the_largest_read_longer():
+    longer = {8192: 2 * grid.MB, 16384: 4 * grid.MB}
+    for dim in (32, 48, 64):
+        rows = matching(grid.POINTS, part="steps", dim=dim, seed=0)
+        read = {row["batch"]: row["tokens"] for row in rows}
+        assert list(read) == [256 * 2**i for i in range(7)] and len(rows) == 7
+        more = longer | ({4096: 2 * grid.MB} if dim == 32 else {})
+        assert read == {batch: more.get(batch, grid.MB) for batch in read}
+        for row in rows:
+            every = row["tokens"] // row["points"]
+            assert every % row["batch"] == 0 and grid.MB // 8 % every == 0, "a point at each target"

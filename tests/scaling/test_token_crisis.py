@@ -214,12 +214,32 @@ def test_what_is_judged_was_the_best_of_four_on_two_tuning_seeds():
     assert len(rates) == 4 and min(rates, key=rates.get) == study.SLOW
 
 
-def test_what_is_carried_is_the_best_of_the_tuning_seed():
+@pytest.mark.parametrize(
+    ("twins", "carried", "slow", "tries"),
+    [
+        (study.TWINS, study.CARRIED, study.SLOW_LARGE, (4, 5)),
+        (study.MILLION, study.CARRIED_MILLION, study.SLOW_MILLION, (5, 7)),
+    ],
+)
+def test_what_is_carried_is_the_best_of_the_tuning_seed(twins, carried, slow, tries):
     runs = Study(paper("token-crisis")).runs("TUNING")
-    experts = study.valley(runs, study.LITTLE, "experts")
-    assert min(experts, key=lambda p: experts[p]["loss"]) == study.CARRIED
-    plain = [r for r in runs if r["kind"] == "large" and "strength" not in r]
-    assert min(plain, key=lambda r: r["loss"])["lr"] == study.SLOW_LARGE
+    experts = study.valley(runs, study.LITTLE, twins[0])
+    assert min(experts, key=lambda p: experts[p]["loss"]) == carried
+    plain = [r for r in runs if r["kind"] == twins[1] and "strength" not in r]
+    assert min(plain, key=lambda r: r["loss"])["lr"] == slow
+    assert (len(experts) - 1, len(plain)) == tries
+    if twins == study.MILLION:
+        assert carried < max(experts) and slow > min(r["lr"] for r in plain), "no end is the best"
+
+
+def test_a_carried_dropout_is_judged_against_none_at_the_best_rate_and_at_its_own():
+    role = study.ROLES["carried-million"]
+    assert {role[side]["kind"] for side in role} == {study.MILLION[1]}
+    rates = [(role[side]["strength"], role[side]["lr"]) for side in ("method", "baseline")]
+    assert rates == [(study.CARRIED_MILLION, study.RATE), (0.0, study.SLOW_MILLION)]
+    assert role["control"] == role["baseline"] | {"lr": study.RATE}
+    for side in role.values():
+        assert len(matching(study.POINTS, **side)) == len(study.SEEDS)
 
 
 def test_the_objectives_have_the_rate_that_is_best_for_new_text_on_ul2():
@@ -247,9 +267,37 @@ def test_every_model_sees_as_many_bytes_and_what_is_repeated_32_or_8_times():
     assert not any("tokens" in point for point in study.POINTS + study.TUNING)
 
 
-def test_the_twins_have_nearly_as_many_parameters():
-    experts, large = (study.build(kind, 0).n_parameters(embeddings=False) for kind in study.TWINS)
-    assert 1 < experts / large < 1.12  # the paper's: 0.89, 0.86
+@pytest.mark.parametrize(
+    ("twins", "least", "most"), [(study.TWINS, 1.5e5, 1.7e5), (study.MILLION, 0.8e6, 0.9e6)]
+)
+def test_the_twins_have_nearly_as_many_parameters(twins, least, most):
+    models = [study.build(kind, 0) for kind in twins]
+    experts, dense = (model.n_parameters(embeddings=False) for model in models)
+    assert least < dense < experts < most and experts / dense < 1.12  # the paper's: 0.89, 0.86
+    cheap, dear = (flops(model, 128).training for model in models)
+    assert cheap < 0.5 * dear
+
+
+def test_a_twin_of_a_million_has_eight_experts_as_wide_as_the_dense_models():
+    experts, dense = study.build(study.MILLION[0], 0), study.build("large", 0)
+    assert len(experts.blocks[0].mlp.experts.gate_up) == study.MANY_EXPERTS == 8
+    assert flops(experts, 128) == flops(dense, 128)
+
+
+def test_by_heart_takes_as_much_of_what_is_read_as_of_what_never_is(monkeypatch):
+    pieces = []
+
+    def counted(model, piece):
+        pieces.append(piece)
+        return torch.tensor([float(len(pieces))])
+
+    monkeypatch.setattr(study.tc, "byte_losses", counted)
+    read, never = study.by_heart(None)
+    text, n = study.byte_text(), len(pieces) // 2
+    assert (read, never) == ((n + 1) / 2, (n + 1) / 2 + n)
+    start = 516 * (n - 1)
+    assert pieces[0] == bytes(text.train[:129]) and pieces[n] == bytes(text.held_out[:129])
+    assert pieces[n - 1] == bytes(text.train[start : start + 129]) and start + 129 < study.LITTLE
 
 
 def not_scaled(x, draws, p):

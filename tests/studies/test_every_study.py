@@ -33,7 +33,7 @@ def test_its_runs_are_whole_and_its_canary_lives(study):
 @each_of_all
 def test_its_constants_are_stored(study):
     if study.has_own:
-        assert study.read()[0].get("constants") == study.constants()
+        assert study.read()[0].get("constants") == study.constants() | study.defaults()
 
 
 @pytest.mark.parametrize("study", SHARED, ids=lambda study: study.paper.slug)
