@@ -56,7 +56,7 @@ def _color_scales(fig: go.Figure) -> list[tuple[str, str, Any]]:
         marker = trace["marker"] if "marker" in trace else None  # noqa: SIM401, has no get
         if "zmin" in trace and trace.z is not None:
             scales.append(("zmin", "zmax", trace))
-        elif marker is not None and "cmin" in marker and np.ndim(marker.color) == 1:
+        elif marker is not None and {"cmin", "color"} <= {*marker} and np.ndim(marker.color) == 1:
             scales.append(("cmin", "cmax", marker))
     return scales
 

@@ -157,6 +157,15 @@ def test_a_rehearsal_finds_ranges_that_move(shown, tested):
     explore(slope, a=[1, 5])  # a menu's entries may have axes of their own
 
 
+def test_a_tree_has_no_scale_of_colors_that_could_move(shown, tested):
+    def tree(marked):
+        colors = ["#fff", "#d55e00" if marked else "#000"]
+        made = figures.figure().add_icicle(labels=["all", "leaf"], parents=["", "all"])
+        return made.update_traces(marker_colors=colors)
+
+    assert explore(tree, marked=False).figure.data[0].marker.colors[1] == "#000"
+
+
 def test_a_reader_is_not_rehearsed(shown, monkeypatch):
     monkeypatch.setenv("LABLIB_TIER", "smoke")
     calls = []
