@@ -190,8 +190,11 @@ TRIED = {  # rates for what was judged without training at first
     (3e-4, 1e-3, 3e-3, 6e-3): ["narrow, half", "one block, quarter"],
     (1e-3, 3e-3, 6e-3): ["narrow, eighth"],
 }
-for _rates, _recipes in TRIED.items():
-    TUNING += grid(recipe=_recipes, learn="tune", rate=_rates, seed=100)
+TUNING += [
+    point
+    for rates, names in TRIED.items()
+    for point in grid(recipe=names, learn="tune", rate=rates, seed=100)
+]
 CANARY = {"recipe": "sparse, then 3 bits", "learn": "teach", "rate": 1e-4, "seed": 200}
 CANARY |= {"steps": 1, "rows": 2, "batch": 1}
 

@@ -59,8 +59,7 @@ def run(kind: str, seed: int) -> dict:
 
 def exponents(rows: list) -> dict:
     """What `run` gives, from the rows of one seed."""
-    critical = np.array([[fitted(rows, dim, t).critical() for t in TARGETS] for dim in SIZES])
-    in_data, in_size = slopes(critical, [matching(rows, dim=dim)[0]["N"] for dim in SIZES])
+    critical, in_data, in_size = with_slopes(lines(rows), rows)
     logs = np.log(critical)
     return {
         "critical": critical.tolist(),
@@ -78,13 +77,11 @@ def from_few(rows: list) -> dict:
     few_in_data, few_in_size: as in `exponents`. beyond: (sizes, targets, larger batches), what each
     of these needs over what the line of the smaller ones says; None where it misses the target.
     """
-    few = [row for row in rows if row["batch"] <= FEW]
-    lines = [[fitted(few, dim, seen) for seen in TARGETS] for dim in SIZES]
-    critical = np.array([[line.critical() for line in of_size] for of_size in lines])
-    in_data, in_size = slopes(critical, [matching(rows, dim=dim)[0]["N"] for dim in SIZES])
+    few = lines([row for row in rows if row["batch"] <= FEW])
+    _, in_data, in_size = with_slopes(few, rows)
     ratios = [
         [beyond(rows, dim, seen, line) for seen, line in zip(TARGETS, of_size)]
-        for dim, of_size in zip(SIZES, lines)
+        for dim, of_size in zip(SIZES, few)
     ]
     return {"few_in_data": in_data, "few_in_size": in_size, "beyond": ratios}
 
@@ -105,6 +102,17 @@ def beside_foretold(runs: list) -> dict[int, np.ndarray]:
     """Per cent that each larger batch needs over what smaller ones say: one a seed, means."""
     ratios = np.array([run["beyond"] for run in matching(runs, kind="grid")], float)
     return dict(zip(larger(runs), 100 * np.nanmean(ratios, axis=(1, 2)).T - 100))
+
+
+def lines(rows: list) -> list[list[cbs.Efficiency]]:
+    """S(B) of each size, to each target."""
+    return [[fitted(rows, dim, seen) for seen in TARGETS] for dim in SIZES]
+
+
+def with_slopes(of_sizes: list, rows: list) -> tuple[np.ndarray, float, float]:
+    """The critical batches of such lines, (sizes, targets), and their exponents, as `slopes`."""
+    critical = np.array([[line.critical() for line in of_size] for of_size in of_sizes])
+    return critical, *slopes(critical, [matching(rows, dim=dim)[0]["N"] for dim in SIZES])
 
 
 def slopes(critical: np.ndarray, sizes: list) -> tuple[float, float]:

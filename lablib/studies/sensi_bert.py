@@ -176,10 +176,7 @@ RANK, UNIFORM, MAGNITUDE, DEPTH = (
     {"way": way, "share": SHARE, "costs": "parameters"}
     for way in ("rank", "uniform", "magnitude", "depth")
 )
-MORE = {  # the same ways where more is left
-    way: {"way": way, "share": 0.6, "costs": "parameters"}
-    for way in ("rank", "uniform", "magnitude")
-}
+MORE = {case["way"]: case | {"share": 0.6} for case in (RANK, UNIFORM, MAGNITUDE)}  # more is left
 WHOLE = {"way": "whole", "share": 1.0, "costs": "parameters"}
 POINTS = [{**kind, "seed": seed} for kind in (RANK, UNIFORM, MAGNITUDE, DEPTH) for seed in SEEDS]
 POINTS += [{**WHOLE, "seed": seed} for seed in SEEDS]
