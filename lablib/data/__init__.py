@@ -12,6 +12,7 @@ _PLACES = {
     "members": "packages",
     "Document": "documents",
     "read_documents": "documents",
+    "own_or": "documents",
     "split": "documents",
     "words": "text",
     "sentences": "text",

@@ -3,6 +3,7 @@
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +42,28 @@ def read_documents(path: str | Path) -> list[Document]:
     if not files or not all(file.is_file() for file in files):
         raise DataError(f"{path} holds no text file: give a .txt file, or a folder of them.")
     return [Document(file.stem, decode(file.read_bytes(), file.name)) for file in files]
+
+
+def own_or(
+    texts: Sequence[str], name: str, file: str | Path = "wiki.test.raw"
+) -> tuple[list[str], str]:
+    """Parts of the reader's file and its name, where there is one; else texts and name as they are.
+
+    file: UTF-8, by default WikiText-2's test set as papers have it, in the current folder, which is
+    a notebook's own. Its parts follow one another, and each is twice as long as the text that it
+    stands for, since its tokens may be longer: take as many as you need.
+    Raises DataError when it is too short, empty or not UTF-8.
+    """
+    if not (file := Path(file)).is_file():
+        return list(texts), name
+    (document,), sizes = read_documents(file), [2 * len(text) for text in texts]
+    if len(document.text) < sum(sizes):
+        raise DataError(
+            f"{file.name} has {len(document.text):,} letters, and {sum(sizes):,} are read here: "
+            "give a longer text, or move the file away."
+        )
+    ends = accumulate(sizes)
+    return [document.text[end - n : end] for end, n in zip(ends, sizes, strict=True)], file.name
 
 
 def _visible(root: Path) -> Callable[[Path], bool]:

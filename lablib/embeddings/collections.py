@@ -20,7 +20,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate, groupby
 from typing import NamedTuple
@@ -94,6 +94,42 @@ def parallel(kind: str, codes: Sequence[str], split: str) -> list[tuple[str, ...
     columns = [dict(pairs(f"{kind}-{code}", split)) for code in codes]
     common = [english for english in columns[0] if all(english in column for column in columns)]
     return [(english, *(column[english] for column in columns)) for english in common]
+
+
+def widespread(
+    kind: str, n: int, accept: Callable[[str], bool] = bool
+) -> dict[str, dict[str, str]]:
+    """Code -> {English: translation} of the n "messages" or "names" that most languages have.
+
+    accept: which English texts count at all. Of those that are as widespread the first by letters.
+    A language that has none is left out, and so are varieties of English.
+    """
+    for corpus in _SOURCES[kind]:
+        note_opened(f"corpus {corpus}", prepare(corpus))
+    codes = [code for code in languages(kind) if code.partition("_")[0] != "en"]
+    tables = {code: {item.a: item.b for item in _items(f"{kind}-{code}")} for code in codes}
+    spread = Counter(text for table in tables.values() for text in filter(accept, table))
+    chosen = sorted(spread, key=lambda text: (-spread[text], text))[:n]
+    made = {code: {t: table[t] for t in chosen if t in table} for code, table in tables.items()}
+    return {code: table for code, table in made.items() if table}
+
+
+def language_names(codes: Iterable[str]) -> dict[str, str]:
+    """Code -> what English calls the language, as the CLDR has it; where, or in which script.
+
+    What tells two of the codes apart is said of them alone: "pt_BR" is Portuguese, beside "pt" it
+    is Portuguese (Brazil). A code that the CLDR lacks is its own name.
+    """
+    from babel import Locale
+
+    english, parts = Locale("en"), {code: code.partition("_") for code in codes}
+    known = Counter(language for language, _, _ in parts.values())
+    more = {**english.territories, **english.scripts}
+    return {
+        code: english.languages.get(language, language)
+        + (f" ({more.get(variety, variety)})" if variety and known[language] > 1 else "")
+        for code, (language, _, variety) in parts.items()
+    }
 
 
 def names(codes: Sequence[str], split: str) -> list[tuple[str, tuple[str, ...]]]:

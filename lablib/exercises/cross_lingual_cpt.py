@@ -100,3 +100,77 @@ english_text = Exercise(
     minutes=5,
     difficulty="easy",
 )
+
+
+def _detour(model, read, loss, english, chichewa, hebrew):
+    def after(*texts):
+        reader = model
+        for text in (*texts, hebrew):  # a training each; the Hebrew comes last, and is the same
+            reader = read(reader, text)
+        return loss(reader)
+
+    by_chichewa = after(chichewa)
+    return after() - by_chichewa, after(english[: len(chichewa)]) - by_chichewa
+
+
+def _test_detour(candidate) -> None:
+    def add(model, text):
+        return model / 2 + float(text.sum())
+
+    texts = [np.array(text) for text in ([2.0, 2.0, 2.0], [4.0, 4.0], [3.0])]
+    why = "A reading halves the model and adds the text: 4 becomes 5, by Chichewa 8, by English 6"
+    _expect_gains(candidate, why, 4.0, add, lambda model: 100 - model, *texts)
+    random = np.random.default_rng()
+    start = random.dirichlet(np.full(8, 5.0))
+    *texts, unseen = (random.integers(8, size=n) for n in (30, 12, 10, 20))
+
+    def read(model, text):
+        for place, letter in enumerate(text):  # the rate falls to 0 in each training
+            rate = 0.3 * (1 - place / len(text))
+            model = (1 - rate) * model + rate * np.eye(8)[letter]
+        return model
+
+    def loss(model):
+        return float(-np.log(model[unseen]).mean())
+
+    why = "three models: Hebrew alone, Chichewa and Hebrew, as much English and Hebrew"
+    _expect_gains(candidate, why, start, read, loss, *texts)
+
+
+def _expect_gains(candidate, why, model, read, loss, english, chichewa, hebrew) -> None:
+    """Raise Wrong unless the candidate's gains are right."""
+
+    def gains(direct, by_english, by_chichewa):
+        least = loss(by_chichewa)
+        return loss(direct) - least, loss(by_english) - least
+
+    detours = english[: len(chichewa)], chichewa
+    early = [read(model, text) for text in detours]
+    direct, *late = (read(reader, hebrew) for reader in (model, *early))
+    longer = read(read(model, english), hebrew)
+    turned = [read(direct, text) for text in detours]
+    at_once = [read(model, np.concatenate([text, hebrew])) for text in detours]
+    right = first, second = gains(direct, *late)
+    known = [
+        ((-first, -second), "above 0 where Chichewa helps: subtract the loss of the model with it"),
+        ((second, first), "first the gain over no detour, then that over as much English"),
+        (gains(direct, longer, late[1]), "as much English as there is Chichewa, and no more"),
+        (gains(model, *early), "all three read the Hebrew before they are judged"),
+        (gains(direct, early[0], late[1]), "the one with more English must read Hebrew, too"),
+        (gains(direct, direct, late[1]), "the second rival reads on in English before the Hebrew"),
+        (gains(direct, *turned), "the Hebrew comes last"),
+        (gains(direct, *at_once), "two trainings, one after the other: each has its own schedule"),
+    ]
+    found = candidate(model, read, loss, english, chichewa, hebrew)
+    expect(found, right, why, known=known)
+
+
+detour = Exercise(
+    reference=_detour,
+    test=_test_detour,
+    question="Run it with `study.build`, `study.read` and `study.text`, for several seeds: which "
+    "of the two gains tells whether a second foreign language is cheaper than the first?",
+    hint="`read(read(model, chichewa), hebrew)`. What else has changed, beside the language?",
+    minutes=20,
+    difficulty="open",
+)

@@ -119,3 +119,41 @@ foretell = Exercise(
     minutes=6,
     difficulty="easy",
 )
+
+
+def _deeper(blocks: int, base_blocks: int) -> tuple[float, float]:
+    times = math.sqrt(base_blocks / blocks)  # independent outputs add up as their squares do
+    rate = base_blocks / blocks / times  # moves the same way add up as they are: blocks * times
+    return times, rate
+
+
+def _test_deeper(candidate) -> None:
+    random = np.random.default_rng()
+    drawn = int(random.choice([5, 7, 11, 13, 17, 19, 23, 29])), int(random.integers(2, 4))
+    for blocks, base_blocks in ((8, 2), drawn):
+        less = base_blocks / blocks
+        root = math.sqrt(less)
+        known = [
+            ((less, 1.0), "the sum moves as far, but begins too small: of independent outputs the "
+             "squares add up"),
+            ((root, 1.0), "the start is right. Moves are all the same way: they add up to "
+             "blocks * times * rate"),
+            ((root, less), "`times` makes each move smaller already: blocks * times * rate is to "
+             "stay"),
+            ((1.0, less), "the moves are right; but with times = 1, how large is the start?"),
+            ((1 / root, 1 / root), "upside down: a deeper model has more to add up"),
+        ]  # fmt: skip
+        why = "blocks * times^2 at the start, blocks * times * rate in a step: both as the base's"
+        right = _deeper(blocks, base_blocks)
+        expect(candidate(blocks, base_blocks), right, why, known=known)
+
+
+deeper = Exercise(
+    reference=_deeper,
+    test=_test_deeper,
+    question="A block also reads what those before it wrote: are their moves then independent, all "
+    "the same, or neither?",
+    hint="Sum up n independent numbers of variance 1, and n equal ones: how large is either sum?",
+    minutes=12,
+    difficulty="open",
+)

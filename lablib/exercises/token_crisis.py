@@ -1,5 +1,6 @@
 """Exercises of lab 404."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,4 +106,52 @@ counted = Exercise(
     hint="First one layer: what is stored of it, and what does a token meet?",
     minutes=8,
     difficulty="medium",
+)
+
+
+def _switch_step(held_out: list[float], every: int, patience: int) -> int:
+    lowest, since = float("inf"), 0
+    for reading, loss in enumerate(held_out, 1):
+        lowest, since = (loss, 0) if loss < lowest else (lowest, since + 1)
+        if since == patience:
+            return reading * every
+    return len(held_out) * every
+
+
+def _test_switch_step(candidate) -> None:
+    why = "The lowest of 3, 2, 1, 2, 2 is the third reading. The fifth, in step 50, is the second "
+    why += "that is not below it"
+    expect(candidate([3.0, 2.0, 1.0, 2.0, 2.0], 10, 2), 50, why)
+    why = "These losses fall to the end: the moment never comes, which is the last step"
+    expect(candidate([3.0, 2.0, 1.0], 10, 2), 30, why)
+    random = np.random.default_rng()
+    patience, every, n = (int(v) for v in random.integers((3, 5, 8), (6, 50, 14)))
+    fall = 5 - np.cumsum(random.uniform(0.1, 0.2, n))
+    bump = int(random.integers(2, n - 2))
+    fall[[bump, bump + 1]] = fall[[bump + 1, bump]]  # one reading is up, and the next down again
+    wobble = np.where(np.arange(patience + 3) % 2, 0.1, 0.3) + random.uniform(0, 0.1, patience + 3)
+    later = fall[-1] - np.array([0.6, 0.5])  # what nobody knows yet when the moment has come
+    curve = [*fall.tolist(), *(fall[-1] + wobble).tolist(), *later.tolist()]
+    right = _switch_step(curve, every, patience)
+    last = len(curve) * every
+    known = [
+        (last, "the moment comes before the end. Count the readings since the lowest one, whether "
+         "they rise or fall among themselves; one that is below it starts the count anew"),
+        (last - every, "that is the lowest of all, and comes later: a run can't look ahead"),
+        (n * every, "the lowest reading is a lowest one only when `patience` others have come"),
+        ((bump + 2) * every, "a single reading may be up by chance: wait for `patience` of them"),
+        (right // every, "that is a number of readings: there are `every` steps to each"),
+        (right - every, "the first reading comes after `every` steps, not after none"),
+    ]  # fmt: skip
+    hint = "a run knows no loss that comes after the moment: go through the readings one by one"
+    expect(candidate(curve, every, patience), right, hint, known=known)
+
+
+switch_step = Exercise(
+    reference=_switch_step,
+    test=_test_switch_step,
+    question="Try your moment, an earlier and a later one. Do they differ by more than seeds do?",
+    hint="Keep two numbers: the lowest loss so far, and how many readings are not below it since.",
+    minutes=12,
+    difficulty="open",
 )

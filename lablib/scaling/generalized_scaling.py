@@ -20,7 +20,7 @@ from lablib.experts.moe import MoE, SwiGLUExperts
 from lablib.experts.routing import HashChoice, balanced_table, hash_by_token
 from lablib.models import GPT, anatomy
 from lablib.scaling.inference import Fit, Table, fit
-from lablib.scaling.laws import Values, generalized
+from lablib.scaling.laws import Values, generalized, published
 
 
 def generalized_loss(N, D, S, e, a, b, c, alpha, beta, gamma):
@@ -54,26 +54,6 @@ EXPERTS = {
     "beta": 0.40,
     "gamma": 1.19,
 }
-# The rivals: T5 on C4 (Frantar et al., 2023), and mixtures (Abnar et al., 2025, Table 3).
-FRANTAR = {
-    "a_S": 16.8,
-    "b_S": 0.722,
-    "c_S": 45.0,
-    "b_N": 0.245,
-    "a_D": 6.9e8,
-    "b_D": 0.203,
-    "c": 0.651,
-}
-ABNAR = {
-    "a": 16612.50,
-    "b": 5455.67,
-    "c": 0.4598,
-    "d": 17.26,
-    "e": 0.94,
-    "alpha": 0.5962,
-    "beta": 0.3954,
-}
-ABNAR |= {"lambda": -0.1666, "delta": 0.1603, "gamma": 0.1595}
 
 
 def dense_equivalent(values: Values, N: float, S: float) -> float:
@@ -86,11 +66,13 @@ def dense_equivalent(values: Values, N: float, S: float) -> float:
     return float((values["a"] / above) ** (1 / values["alpha"])) if above > 0 else np.inf
 
 
-def frantar_equivalent(S: float, values: Values = FRANTAR) -> float:
+def frantar_equivalent(S: float, values: Values | None = None) -> float:
     """How many times as many parameters a dense model needs as a pruned one has left.
 
-    From (a_S (1-S)^b_S + c_S) N^-b_N = (a_S + c_S) N'^-b_N.
+    values: of Frantar et al.'s law, else those that they print. From
+    (a_S (1-S)^b_S + c_S) N^-b_N = (a_S + c_S) N'^-b_N.
     """
+    values = values or published("frantar")
     factor = values["a_S"] * (1 - S) ** values["b_S"] + values["c_S"]
     return float(((values["a_S"] + values["c_S"]) / factor) ** (1 / values["b_N"]))
 

@@ -8,19 +8,25 @@ and residuals are relative. Sources: Kaplan et al. (2020), equations 1.5 and 1.6
 What N counts differs between the papers: Kaplan's laws and the hyperparameters' leave embedding and
 head out, Hoffmann's takes all parameters; of sparse models the generalized law counts the active,
 Frantar's the non-zero and Abnar's all. A law takes the N that a table gives it. D are tokens seen,
-U the different ones among them, S the share of parameters that is not active.
+U the different ones among them, S the share of parameters that is not active. `published` has the
+values that papers without a lab of their own print for theirs.
 """
 
 from __future__ import annotations
 
+import csv
 import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lablib.paths import data_dir
 
 Columns = Mapping[str, Tensor]
 Values = Mapping[str, float]
@@ -306,6 +312,22 @@ hyperparameter = Law(
     (scale("c", 1e-3, 1.0), free("a", -0.7, 0.0), free("b", 0.0, 0.5)),
     _hyperparameter,
 )
+
+
+@lru_cache
+def published(paper: str) -> Values:
+    """A paper's values by name, as `data/published/PAPER.csv` lists them.
+
+    paper: "hoffmann", where names with "corrected_" are those of Besiroglu et al. (2024), "frantar"
+    or "abnar". Raises ValueError for another one.
+    """
+    if paper not in PAPERS:
+        raise ValueError(f"no values of {paper!r} are stored: {', '.join(PAPERS)}")
+    with (data_dir() / "published" / f"{paper}.csv").open(encoding="utf-8") as file:
+        return MappingProxyType({r["name"]: float(r["value"]) for r in csv.DictReader(file)})
+
+
+PAPERS = ("hoffmann", "frantar", "abnar")
 
 
 def allocate(

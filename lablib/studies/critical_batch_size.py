@@ -1,27 +1,25 @@
 """The study of the critical batch size (Zhang et al., 2024): steps to a loss on the shared grid.
 
 Trainings are the grid's part "steps": three sizes, a constant rate, exponential averages of the
-weights over three windows, batches of 256 to 16,384 bytes. Up to 4,096 they read 1 MiB in the place
-of the planned 2, for time. The two largest need more to come as far, and read 2 and 4 MiB; 4,096
-reads 2 with the smallest size: within 1 MiB two of five seeds came to the last target. Warmup is a
-twentieth of each run: 13 steps at the three largest batches, but 26 at this one, which comes to the
-first two targets with about a tenth less text than on the same seeds with 13. That makes the
-smallest size's critical batch a little larger, and so favors the claim that size matters less.
+weights over three windows, batches of 256 to 16,384 bytes. They read 2 MiB; large batches come
+later to any loss, and read 3 or 4, with the smallest size up to 8. Warmup is a twentieth of each
+run. A curve has a point every 64 KiB, or 128 with the two largest batches; a loss is found between
+two of them.
 For each seed and size the targets are the losses that the smallest batch's best average has after
-128, 256 and 512 KiB. Planned were up to 2 MiB; but the others need more than the smallest, and all
-read as much. For each batch, the bytes to a target are the least over the windows, as the paper
-picks an average for each batch. S(B) = a + b/B is fitted to what the batches need, and gives the
-critical batch. A batch that does not reach a target within its text is left out of that target's
-fit: 8,192 bytes with the smallest size, at the last target, on two seeds.
-Batches up to 4,096 have one rate each, by a power law through three rates at three batches of seed
-100. For the second size the lowest of the three was the best at 256 and at 4,096 bytes, for the
-third at all three batches, at the end of 1 MiB, which is beyond the targets. At each of the two
-largest batches this law's rate, a half and a quarter of it were tried, and twice as much where the
-first was the best.
-The third size, 151 thousand parameters, came later, and after it the two largest batches, each on
-the same seeds when the verdicts on the rest were known. The lab tells what the other two sizes say
-of the exponent in size, and the smaller batches of both exponents. It shows, beside these, the
-grid's part "size-data": the same sizes and text under a cosine.
+256 and 512 KiB and 1 MiB. Planned was a fourth, after 2 MiB; but all others need more to get there,
+and would have to read more. For each batch, the bytes to a target are the least over windows and
+rates, as the paper picks both for each batch. S(B) = a + b/B is fitted to what the batches need,
+and gives the critical batch. A batch that does not reach a target within its text is left out of
+that target's fit.
+The two smaller sizes have three rates a factor 2 apart on every seed, around one by a power law
+through three rates at three batches of seed 100, or half of that where it was better there. The
+third size, which was not planned for, has this one rate, for time: on seed 100 the lowest of the
+three was the best for it up to 4,096 bytes at the end of 1 MiB, and its one lies just above that.
+The lab tells what the two sizes alone say of the exponent in size, what all say at the one rate,
+and what the smaller batches say.
+Earlier rows were known on the same seeds: one rate each, and half the text. Three rates and 2 MiB
+were the plan from the start. The lab shows, beside these, the grid's part "size-data": the same
+sizes and text under a cosine.
 Its own runs train nothing: each does this for one seed, and keeps a sum of the grid's losses, so
 that other rows are noticed.
 """
@@ -33,13 +31,10 @@ import numpy as np
 from lablib.evidence import Pair, grid
 from lablib.evidence.studies import matching, study
 from lablib.scaling import critical_batch_size as cbs
+from lablib.studies import scaling_grid
 
 KB = 2**10
-TARGETS = (
-    128 * KB,
-    256 * KB,
-    512 * KB,
-)  # bytes after which the smallest batch has the loss
+TARGETS = (256 * KB, 512 * KB, 1024 * KB)  # bytes after which the smallest batch has the loss
 SIZES = (32, 48, 64)  # dims of the grid's three models
 OPTIMAL = 256  # bytes a step: the smallest batch
 FEW = 4096  # the largest batch from which the larger ones are foretold
@@ -50,11 +45,12 @@ def run(kind: str, seed: int) -> dict:
 
     early, late: the critical batch of the smallest and the largest target, mean of logarithms over
     sizes. in_data, in_size: its exponents, each a slope, the mean over the sizes or the targets.
-    For the grid, what `from_few` says, too.
+    For the grid, what `from_few` and `at_one_rate` say, too.
     """
     runs = study("scaling-grid").runs() if kind == "grid" else made_up(seed)
     rows = matching(runs, part="steps", seed=seed)
-    return exponents(rows) | (from_few(rows) if kind == "grid" else {})
+    more = from_few(rows) | at_one_rate(rows) if kind == "grid" else {}
+    return exponents(rows) | more
 
 
 def exponents(rows: list) -> dict:
@@ -84,6 +80,34 @@ def from_few(rows: list) -> dict:
         for dim, of_size in zip(SIZES, few)
     ]
     return {"few_in_data": in_data, "few_in_size": in_size, "beyond": ratios}
+
+
+def at_one_rate(rows: list) -> dict:
+    """The exponents of one seed where each batch has its tuned rate alone, and how rates end.
+
+    one_in_data, one_in_size: as in `exponents`. lowest, highest: of the pairs of a batch and a
+    target with three rates, the share whose best rate is at that end of the three.
+    """
+    _, in_data, in_size = with_slopes(lines(tuned(rows)), tuned(rows))
+    best = [at for dim in SIZES for seen in TARGETS for at in best_rates(rows, dim, seen)]
+    ends = {"lowest": best.count(0) / len(best), "highest": best.count(2) / len(best)}
+    return {"one_in_data": in_data, "one_in_size": in_size} | ends
+
+
+def tuned(rows: list) -> list:
+    """The rows of the grid that have the rate that was tuned: the middle one, or the only one."""
+    return [row for row in rows if row["lr"] == scaling_grid.tuned_rate(row["dim"], row["batch"])]
+
+
+def best_rates(rows: list, dim: int, seen: int) -> list[int]:
+    """By batch, the place of the rate that needs least; of batches with three rates."""
+    loss, found = target(rows, dim, seen), []
+    for batch in sorted({row["batch"] for row in matching(rows, dim=dim)}):
+        tried = sorted(matching(rows, dim=dim, batch=batch), key=lambda row: row["lr"])
+        needs = [bytes_needed([row], loss) for row in tried]
+        if len(tried) == 3 and min(needs) < math.inf:
+            found.append(needs.index(min(needs)))
+    return found
 
 
 def beyond(rows: list, dim: int, seen: int, line: cbs.Efficiency) -> list[float | None]:
@@ -133,10 +157,9 @@ def fitted(rows: list, dim: int, seen: int) -> cbs.Efficiency:
 
 
 def target(rows: list, dim: int, seen: int) -> float:
-    """The loss of the smallest batch after so many bytes: the best of its averages."""
-    (row,) = matching(rows, dim=dim, batch=OPTIMAL)
-    at = [int(done) for done, _ in curve(row, 0)].index(seen)
-    return min(curve(row, window)[at][1] for window in range(len(row["averaged"])))
+    """The loss of the smallest batch after so many bytes: the best of its averages and rates."""
+    made = matching(rows, dim=dim, batch=OPTIMAL)
+    return min(dict(curve(row, window))[seen] for row in made for window in windows(row))
 
 
 def steps_needed(rows: list, dim: int, loss: float) -> tuple[np.ndarray, np.ndarray]:
@@ -144,14 +167,17 @@ def steps_needed(rows: list, dim: int, loss: float) -> tuple[np.ndarray, np.ndar
 
     Steps are bytes over batch: a fraction where the loss is reached between two points of a curve.
     """
-    found = sorted(matching(rows, dim=dim), key=lambda row: row["batch"])
-    needed = [
-        np.nanmin([math.inf, *(cbs.steps_to(curve(row, w), loss) for w in windows(row))])
-        for row in found
-    ]
-    batches = np.array([row["batch"] for row in found])
-    reached = np.isfinite(needed)
-    return batches[reached], np.array(needed)[reached] / batches[reached]
+    found = matching(rows, dim=dim)
+    every = sorted({row["batch"] for row in found})
+    needed = np.array([bytes_needed(matching(found, batch=batch), loss) for batch in every])
+    batches, reached = np.array(every), np.isfinite(needed)
+    return batches[reached], needed[reached] / batches[reached]
+
+
+def bytes_needed(rows: list, loss: float) -> float:
+    """The least that these runs, with any of their averages, read to a loss; inf for never."""
+    found = [cbs.steps_to(curve(row, window), loss) for row in rows for window in windows(row)]
+    return float(np.nanmin([math.inf, *found]))
 
 
 def windows(row: dict) -> range:
@@ -159,7 +185,7 @@ def windows(row: dict) -> range:
     return range(len(row["averaged"]))
 
 
-def curve(row: dict, window: int) -> list[tuple[float, float]]:
+def curve(row: dict, window: int) -> list[tuple[int, float]]:
     """(bytes seen, loss) of one of a row's averages."""
     losses = row["averaged"][window]
     every = max(1, row["tokens"] // row["batch"] // row["points"]) * row["batch"]
@@ -167,9 +193,12 @@ def curve(row: dict, window: int) -> list[tuple[float, float]]:
 
 
 def at_the_end(runs: list, dim: int, batch: int = 2048) -> np.ndarray:
-    """Losses of the last weights, of the best average, and after a cosine: (seeds, 3)."""
+    """Losses of the last weights, of the best average, and after a cosine: (seeds, 3).
+
+    All at the rates that were tuned.
+    """
     made = []
-    for row in matching(runs, part="steps", dim=dim, batch=batch):
+    for row in tuned(matching(runs, part="steps", dim=dim, batch=batch)):
         alike = {key: row[key] for key in ("N", "tokens", "batch", "seed")}
         (falling,) = matching(runs, part="size-data", **alike)
         average = min(losses[-1] for losses in row["averaged"])
@@ -185,26 +214,13 @@ def made_up(seed: int, by_size: float = 0.0) -> list[dict]:
     rows = []
     for dim, N in zip(SIZES, (13_000, 56_000, 151_000), strict=True):
         for batch in (256, 512, 1024, 2048, 4096, 8192):
-            seen = 32 * KB * np.arange(1, 33)
+            seen = 64 * KB * np.arange(1, 97)
             half = (2e-3 * seen**0.5 * 1e3 + 10 * seed) * (N / 13_000) ** by_size
             useful = seen / (1 + batch / half)
             losses = (1.0 + 900 * N**-0.1 * useful**-0.5).round(6).tolist()
-            size = {
-                "dim": dim,
-                "N": N,
-                "batch": batch,
-                "tokens": 1024 * KB,
-                "points": 32,
-            }
-            rows.append(
-                {
-                    "part": "steps",
-                    "seed": seed,
-                    **size,
-                    "loss": losses[-1],
-                    "averaged": [losses],
-                }
-            )
+            size = {"dim": dim, "N": N, "batch": batch, "tokens": int(seen[-1]), "points": 96}
+            row = {"part": "steps", "seed": seed, "loss": losses[-1], "averaged": [losses]}
+            rows.append(size | row)
     return rows
 
 

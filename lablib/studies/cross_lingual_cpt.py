@@ -203,6 +203,23 @@ def share_saved(rows: list[dict], language: str, size: tuple, tokens: int) -> fl
     return float(cpt.saved(tokens, cpt.tokens_to(*scratch, goal)))
 
 
+def measured(
+    seeds: list[list[dict]], language: str, size: tuple, start: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """TOKENS, (m,), and each seed's losses after so much of a language, (seeds, m)."""
+    where = {"language": language, "n_layers": size[0], "dim": size[1], "start": start}
+    of = partial(column, replay=0.0, **where)
+    losses = [[of(rows, tokens=tokens)[0] for tokens in TOKENS] for rows in seeds]
+    return np.array(TOKENS), np.array(losses)
+
+
+def mean_saved(
+    seeds: list[list[dict]], size: tuple, tokens: int, language: str = "chichewa"
+) -> float:
+    """The seeds' mean of `share_saved`."""
+    return float(np.mean([share_saved(rows, language, size, tokens) for rows in seeds]))
+
+
 def table_of(rows: list[dict], start: str) -> dict[str, np.ndarray]:
     """Runs on Chichewa alone, as a table to fit a law to: N, D and loss."""
     kept = [r for r in rows if r["start"] == start and r["tokens"] and not r["replay"]]

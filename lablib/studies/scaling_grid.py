@@ -11,20 +11,19 @@ Every model starts from weights of deviation dim^-0.5, not from the usual 0.02: 
   largest size has 64 with the least text alone. Three rates by a formula of width and batch; where
   the best lay at an end on seed 100, all seeds have one more beyond it. Texts are 128 KiB, 512 KiB
   and 2 MiB in the place of 256 KiB, 1 and 4 MiB, for time.
-- steps: batches of 256 to 16,384 bytes. Up to 4,096 they read 1 MiB, for 2, for time; 8,192 and
-  16,384 read 2 and 4 MiB, as they come later to any loss. Three rates at five batches were tried on
-  seed 100, and a fourth where the highest was the best of a large batch; in the place of three
-  rates on every seed, each batch has one, by a formula, or half of that where it was better.
+- steps: batches of 256 to 16,384 bytes; three rates a factor 2 apart on every seed for the two
+  sizes that were planned, one rate for a third. They read 2 MiB, and more where a large batch comes
+  later to a loss. The middle rate is by a formula, or half of that where it was better on seed 100,
+  which tried three at five batches, and a fourth where the highest was the best of a large batch.
 - repetition: 64 KiB, 256 KiB and 1 MiB of text, each read again and again by three sizes until
   4 MiB are seen; 2 MiB by the largest.
-The grid has grown three times, on the same judging seeds and by designs fixed before the new rows
-were made: `at_first` are the rows of batch-rate that the labs judged first; the two largest batches
-of steps came last, and with them 2 MiB for 4,096 with the smallest size.
+The grid has grown four times, on the same judging seeds and by designs fixed before the new rows
+were made: `at_first` are the rows of batch-rate that the labs judged first; last came the three
+rates of steps and 2 MiB for all its batches, in the place of one rate and 1 MiB for most.
 
 The plan reckoned with 303 minutes of one core, and with fewer seeds and no 4 MiB in batch-rate
-beyond 360. The judging runs took about 490, and those for tuning 110. All five seeds and the whole
-range of batches are kept; cut are the texts of batch-rate, by half, the text of steps up to 4,096,
-and its rates.
+beyond 360. The judging runs took about 600, and those for tuning 110. All five seeds and the whole
+range of batches are kept; cut are the texts of batch-rate, by half.
 
 Noise: lab 401 measures what the seeds of a cell of size-data differ by. It is about ten times the
 delta, 1e-3, of the fits' Huber loss, which on this grid counts nearly every residual linearly.
@@ -202,37 +201,33 @@ def repetition() -> list[dict]:
 WINDOWS = (16 * KB, 48 * KB, 144 * KB)  # bytes that an average of the weights looks back over
 
 
-MORE_STEPS = {8192: (2 * MB, 32), 16384: (4 * MB, 64)}  # by batch: bytes seen, points of a curve
-
-
 def to_a_loss(
-    seed: int | range, n_layers: int, dim: int, batch: int, lr, seen: tuple | None = None
+    seed: int | range, n_layers: int, dim: int, batch: int, lr, text: tuple
 ) -> list[dict]:
     """Constant rate, three averages of the weights: how many steps a batch needs.
 
-    seen: bytes, and points of a curve; else 1 MiB, and more for the two largest batches, which need
-    it to come as far.
+    text: bytes that are seen, and points of a curve.
     """
     decays = [round(math.exp(-batch / window), 5) for window in WINDOWS]
-    tokens, points = seen or MORE_STEPS.get(batch, (MB, 32))
+    tokens, points = text
     size = {"n_layers": n_layers, "dim": dim, "tokens": tokens, "batch": batch, "lr": lr}
     points = grid(part="steps", seed=seed, **size, schedule="constant", points=points)
     return [point | {"averages": decays} for point in points]
 
 
 def tuning_of_steps() -> list[dict]:
-    """Three rates a factor 2 apart at five batches."""
+    """Three rates a factor 2 apart at five batches, and with less text than the judging runs."""
     points = []
     for n_layers, dim in ((1, 32), (2, 48), (3, 64)):
-        for batch in MORE_STEPS:
+        for batch, text in ((8192, (2 * MB, 32)), (16384, (4 * MB, 64))):
             tried = (4, 2, 1) if dim == 48 else (4, 2, 1, 0.5)  # one more where the highest won
             lr = [round(steps_rate(dim, batch) / n, 4) for n in tried]
-            points += to_a_loss(100, n_layers, dim, batch, lr)
+            points += to_a_loss(100, n_layers, dim, batch, lr, text)
     for n_layers, dim in ((1, 32), (2, 48), (3, 64)):
         for batch in (256, 1024, 4096):
             middle = 0.02 * math.sqrt(batch / 2048) * 32 / dim
             lr = [round(middle * factor, 4) for factor in (0.5, 1, 2)]
-            points += to_a_loss(100, n_layers, dim, batch, lr)
+            points += to_a_loss(100, n_layers, dim, batch, lr, (MB, 32))
     return points
 
 
@@ -241,19 +236,39 @@ def steps_rate(dim: int, batch: int) -> float:
     return round(0.0125 * (32 / dim) ** 1.25 * (batch / 1024) ** 0.4, 4)
 
 
-LONGER = {(32, 4096): (2 * MB, 64)}  # dim, batch: few seeds reach the last target in 1 MiB
 HALF_RATE = {(48, 8192), (48, 16384)}  # dim, batch: half of the formula's was the best tried
+FACTORS = {32: (0.5, 1, 2), 48: (0.5, 1, 2), 64: (1,)}  # of the tuned rate, by dim
+
+
+def tuned_rate(dim: int, batch: int, factor: float = 1) -> float:
+    """The rate of a width and a batch that was the best on the tuning seed, times a factor."""
+    return round(steps_rate(dim, batch) / (1 + ((dim, batch) in HALF_RATE)) * factor, 4)
+
+
+def rates_to_a_loss(dim: int, batch: int) -> list[float]:
+    """The tuned rate, and those a factor 2 below and above it."""
+    return [tuned_rate(dim, batch, factor) for factor in FACTORS[dim]]
+
+
+def text_to_a_loss(dim: int, batch: int) -> tuple[int, int]:
+    """Bytes seen, and points of a curve: 2 MiB, and more for batches that come to a loss later."""
+    if dim == 32:
+        more = {4096: (3 * MB, 48), 8192: (4 * MB, 32), 16384: (8 * MB, 64)}
+    else:
+        more = {8192: (3 * MB, 48), 16384: (4 * MB, 32)}
+    return more.get(batch, (2 * MB, 32))
 
 
 def steps_to_a_loss() -> list[dict]:
-    """Three sizes, seven batches a factor 2 apart, from 256 bytes."""
+    """Three sizes, seven batches a factor 2 apart, from 256 bytes; two or three rates of each."""
     return [
         point
         for seed in range(5)
         for n_layers, dim in ((1, 32), (2, 48), (3, 64))
-        for batch in (256, 512, 1024, 2048, 4096, *MORE_STEPS)
-        for lr in [round(steps_rate(dim, batch) / (1 + ((dim, batch) in HALF_RATE)), 4)]
-        for point in to_a_loss(seed, n_layers, dim, batch, lr, LONGER.get((dim, batch)))
+        for batch in [256 * 2**i for i in range(7)]
+        for point in to_a_loss(
+            seed, n_layers, dim, batch, rates_to_a_loss(dim, batch), text_to_a_loss(dim, batch)
+        )
     ]
 
 

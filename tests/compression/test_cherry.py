@@ -296,6 +296,13 @@ def test_published_perplexities():
 # The study.
 
 
+def test_every_way_to_keep_is_planned_for_each_seed():
+    whole = [p for p in study.POINTS if p["kind"] == "loss" and p["steps"] == 0]
+    ways = len(study.REASONS) * len(study.FRACTIONS) * 2 + 1  # nothing kept has no fraction
+    assert len(whole) == len(study.BITS) * ways * len(study.SEEDS)
+    assert len({str(sorted(p.items())) for p in whole}) == len(whole)
+
+
 def test_reasons_to_keep_a_weight():
     source = ("tiny-1m", 200, 2)
     scores = {by: study.scores_by(by, source, 3) for by in study.REASONS}

@@ -250,6 +250,26 @@ def test_torchs_own_int4_product_is_the_same_product(tokens):
     assert 0 < (ours - exact).abs().max() < 0.5 * exact.abs().max()
 
 
+def test_scales_as_they_are_are_those_of_a_run():
+    as_it_is = study.with_other_scales(3, 32, 1.0, seed=30, rows=1)
+    assert as_it_is == pytest.approx(study.run(seed=30, bits=3, group=32, rows=1)["over"])
+    assert study.with_other_scales(3, 32, 0.5, seed=30, rows=1) > 2 * as_it_is, "all is clipped"
+
+
+def test_a_packed_model_is_smaller_and_loses_a_little():
+    text = "The quick brown fox jumps over the lazy dog. " * 20
+    whole, size, speed = study.at_work("tiny-1m", text)
+    loss, fewer, _ = study.at_work("tiny-1m", text, 4, 32)
+    assert fewer < 0.6 * size and speed > 0
+    assert 0 < abs(loss - whole) < 0.5
+
+
+def test_every_way_is_planned_for_both_models():
+    ways = len(study.BITS) * len(study.SIZES) * len(study.SCHEMES)
+    whole = [p for p in study.POINTS if p.get("rule") == "fixed"]
+    assert len(whole) == 2 * ways * len(study.SEEDS) and len({str(p) for p in whole}) == len(whole)
+
+
 # What an encoder is good for.
 
 

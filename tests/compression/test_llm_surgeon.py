@@ -427,6 +427,43 @@ def still_cost(weight, row, column, A, G):
     return weight[row, column] ** 2 * G[row, row] * A[column, column] / 2
 
 
+def test_a_picture_shows_what_weights_cost_and_what_stays():
+    layer = some_layer(out=5, size=6)
+    rows, columns = layer.costs()
+    limit = torch.cat(layer.costs()).median().item()
+    logs, stays = study.cost_map(layer, limit)
+    assert logs.shape == stays.shape == (5, 6)
+    alive = (rows > limit)[:, None] & (columns > limit)
+    assert torch.equal(stays, alive[rows.argsort()][:, columns.argsort()])
+    assert not stays[0].any() or not stays[:, 0].any(), "the cheapest stand first, and go first"
+    costs = layer.element_costs()[rows.argsort()][:, columns.argsort()]
+    torch.testing.assert_close(10**logs * costs.median(), costs)
+    few, _ = study.cost_map(layer, limit, size=3)
+    torch.testing.assert_close(10 ** few[1, 2], costs[2, 4] / costs[::2, ::2].median())
+    assert study.cost_map(layer, -1.0)[1].all() and not study.cost_map(layer, 1e9)[1].any()
+
+
+def test_neurons_go_by_one_threshold_over_all_layers():
+    model, method = small_model(), "surgeon"
+    factors = kronecker_factors(model, some_rows(), "down")
+    new = study.without_neurons(model, factors, method, 1 / 3)
+    layers = s.layers_of(model, factors, method)
+    costs = {name: layer.costs()[1] for name, layer in layers.items()}
+    limit = torch.cat([*costs.values()]).quantile(1 / 3)
+    assert sum(int((weight == 0).all(0).sum()) for weight in new.values()) == 2 * 24 // 3
+    for name, layer in layers.items():
+        gone = costs[name] <= limit
+        torch.testing.assert_close(new[name], layer.without(places(16), gone))
+
+
+def test_without_its_neurons_a_model_is_smaller():
+    model, rows = small_model(), some_rows()
+    whole, seconds = study.size_and_time(model, rows)
+    study.set_weights(model, {"blocks.0.mlp.down": torch.zeros(16, 24)})
+    s.drop_neurons_(model)
+    assert study.size_and_time(model, rows)[0] < whole and seconds > 0
+
+
 def no_half(weight, row, column, A, G):
     return 2 * exercises.weight_cost.reference(weight, row, column, A, G)
 

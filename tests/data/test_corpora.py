@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from lablib.data import CORPORA, DataError, Document, load, prepare, read_documents, split
+from lablib.data import CORPORA, DataError, Document, load, own_or, prepare, read_documents, split
 from lablib.data.packages import fetch, members
 from lablib.files import opened, sha256
 
@@ -154,6 +154,20 @@ def test_text_of_ones_own(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="holds no text file"):
         read_documents(tmp_path / "none")
+
+
+def test_a_file_of_ones_own_takes_the_place_of_a_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert own_or(("ab", "c"), "Hamlet") == (["ab", "c"], "Hamlet")
+    (tmp_path / "wiki.test.raw").write_text(" = Cats = \r\nThey purr.", "utf-8")
+    assert own_or(("ab", "c"), "Hamlet") == ([" = C", "at"], "wiki.test.raw")
+    (tmp_path / "mine.txt").write_text("12345", "utf-8")
+    assert own_or(["12"], "Hamlet", tmp_path / "mine.txt") == (["1234"], "mine.txt")
+    with pytest.raises(DataError, match=r"mine\.txt has 5 letters, and 6 are read here: give a"):
+        own_or(["12", "3"], "Hamlet", "mine.txt")
+    (tmp_path / "mine.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"mine\.txt is not UTF-8"):
+        own_or(["1"], "Hamlet", "mine.txt")
 
 
 def test_hidden_copies_are_no_documents(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from lablib.embeddings import collections
 from lablib.embeddings.collections import (
     SPLITS,
     folders,
+    language_names,
     languages,
     lee,
     names,
@@ -18,6 +19,7 @@ from lablib.embeddings.collections import (
     polarity,
     simlex,
     triples,
+    widespread,
     wordsim,
 )
 from lablib.files import opened
@@ -161,6 +163,27 @@ def test_translations_are_those_of_the_language():
     assert {kind for kind, _ in rows} == {"language", "place", "currency"}
     assert len(languages("messages", 300)) == 57 and len(languages("messages")) == 97
     assert "is" in languages("names", 1000) and len(languages("names")) > 200
+
+
+def test_the_most_widespread_messages_are_those_that_most_languages_have():
+    tables = widespread("messages", 5, lambda text: len(text.split()) > 3)
+    german = {a: b for split in SPLITS for a, b in pairs("messages-de", split)}
+    chosen = {text for table in tables.values() for text in table}
+    spread = {text: sum(text in table for table in tables.values()) for text in chosen}
+    assert len(chosen) == 5 and min(spread.values()) > 85
+    assert all(tables["de"][text] == german[text] for text in tables["de"])
+    assert all(code.partition("_")[0] != "en" and table for code, table in tables.items())
+    rest = widespread("messages", 1, lambda text: len(text.split()) > 3 and text not in chosen)
+    assert sum(map(len, rest.values())) <= min(spread.values())
+
+
+def test_languages_have_their_english_names():
+    told = language_names(["de", "pt", "pt_BR", "sr", "sr_Latn", "zh_Hans", "no-such"])
+    assert told["de"] == "German" and told["zh_Hans"] == "Chinese"  # the only one of its kind
+    assert told["pt"] == "Portuguese" and told["pt_BR"] == "Portuguese (Brazil)"
+    assert told["sr_Latn"] == "Serbian (Latin)" and told["no-such"] == "no-such"
+    every = language_names(languages("messages"))
+    assert len({*every.values()}) == len(every) == 97
 
 
 def test_headings_stand_over_their_sections_without_marks():

@@ -11,6 +11,7 @@ from scipy.optimize import brentq
 from lablib.exercises import critical_batch_size as exercises
 from lablib.scaling import critical_batch_size as cbs
 from lablib.studies import critical_batch_size as study
+from lablib.studies import scaling_grid as grid
 
 
 @pytest.mark.parametrize("overhead", [0.05, 0.2, 0.5])
@@ -174,6 +175,39 @@ def test_small_batches_foretell_what_larger_ones_need_where_the_line_holds(monke
     more = study.beside_foretold([*runs, *on_a_line()])
     assert list(more) == [8192, 16384]
     np.testing.assert_allclose([more[8192], more[16384]], [[0, 50], [0, 100]], atol=2)
+
+
+def test_of_several_rates_the_best_counts_for_each_batch_and_target():
+    rates = {batch: grid.rates_to_a_loss(32, batch) for batch in (256, 512, 1024, 2048)}
+    assert all(len(tried) == 3 for tried in rates.values())
+    flat = [row for row in on_a_line() if row["dim"] == 32 and row["batch"] in rates]
+    rows = [
+        row | {"lr": lr, "averaged": [[loss + off for loss in row["averaged"][0]]]}
+        for row in flat
+        for lr, off in zip(rates[row["batch"]], late(row["batch"]))
+    ]
+    seen = study.TARGETS[0]
+    assert study.best_rates(rows, 32, seen) == [0, 1, 2, 1]
+    best, one = (study.steps_needed(r, 32, study.target(flat, 32, seen)) for r in (rows, flat))
+    np.testing.assert_allclose(best, one, rtol=1e-6)
+    assert [row["lr"] for row in study.tuned(rows)] == [tried[1] for tried in rates.values()]
+    few = study.steps_needed(study.tuned(rows), 32, study.target(flat, 32, seen))
+    more = few[1] / one[1]
+    assert more[0] > 1.01 and more[2] > 1.01, "there the tuned rate is not the best"
+    np.testing.assert_allclose(more[[1, 3]], 1, rtol=1e-6)
+
+
+def late(batch):
+    """What is added to the losses of three rates: nothing to the best of a batch."""
+    best = {256: 0, 1024: 2}.get(batch, 1)
+    return [0.05 * abs(at - best) for at in range(3)]
+
+
+def test_a_batch_that_never_reaches_a_target_has_no_best_rate():
+    rows = [row | {"lr": lr} for row in on_a_line(longer=100) for lr in (1, 2, 3)]
+    assert len(study.best_rates(rows, 32, study.TARGETS[0])) == 6, "of seven batches"
+    alone = [row for row in rows if row["lr"] == 2]
+    assert study.best_rates(alone, 32, study.TARGETS[0]) == [], "one rate has no place"
 
 
 def test_the_published_exponent_when_counts_are_drawn_again():

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ from scipy.optimize import minimize_scalar
 
 from lablib.evidence.studies import Study
 from lablib.exercises import cross_lingual_cpt as exercises
+from lablib.lab.grading import outcome
 from lablib.papers import paper
 from lablib.paths import data_dir
 from lablib.scaling import cross_lingual_cpt as cpt
 from lablib.scaling import laws
 from lablib.studies import cross_lingual_cpt as study
+from lablib.training import evaluate
 
 SCRATCH, CONTINUED = cpt.published("scratch"), cpt.published("continued")
 BOTH = {"scratch": SCRATCH, "continued": CONTINUED}
@@ -224,3 +227,125 @@ def test_continued_and_fresh_models_were_tuned_alike():
         assert len(tried) >= 4 and {len(both) for both in tried.values()} == {len(study.BOTH)}
         best = min(tried, key=lambda factor: sum(tried[factor]))
         assert min(tried) < best == study.RATES[language] < max(tried)
+
+
+def read_in_all(tokens, loss, from_scratch, losses):
+    return exercises._tokens_saved(tokens, loss, from_scratch, losses) + tokens
+
+
+def as_a_share(tokens, loss, from_scratch, losses):
+    needed = read_in_all(tokens, loss, from_scratch, losses)
+    return 1 - tokens / needed
+
+
+def without_logarithms(tokens, loss, from_scratch, losses):
+    return float(np.interp(-loss, -losses, from_scratch)) - tokens
+
+
+def upside_down(one, other):
+    return 1 / exercises._crossing(one, other)
+
+
+def no_root(one, other):
+    (c, a), (d, b) = one, other
+    return (d / c) ** (a - b)
+
+
+def share_of_the_new(new, ratio):
+    return new * ratio
+
+
+def all_that_is_read(new, ratio):
+    return new / (1 - ratio)
+
+
+def by_way_of(*texts):
+    """Gains of `detour` when the texts before the Hebrew are others, by the names they have."""
+
+    def answer(model, read, loss, english, chichewa, hebrew):
+        named = {"english": english, "as much": english[: len(chichewa)], "chichewa": chichewa}
+        named |= {"hebrew": hebrew}
+        named |= {f"{name}, hebrew": np.concatenate([named[name], hebrew]) for name in named}
+
+        def after(names):
+            reader = model
+            for name in names:
+                reader = read(reader, named[name])
+            return loss(reader)
+
+        direct, rival, ours = map(after, texts)
+        return direct - ours, rival - ours
+
+    return answer
+
+
+DIRECT, CHICHEWA = ("hebrew",), ("chichewa", "hebrew")
+all_the_english = by_way_of(DIRECT, ("english", "hebrew"), CHICHEWA)
+before_the_hebrew = by_way_of((), ("as much",), ("chichewa",))
+chichewa_last = by_way_of(DIRECT, ("hebrew", "as much"), ("hebrew", "chichewa"))
+no_english_rival = by_way_of(DIRECT, DIRECT, CHICHEWA)
+in_one_training = by_way_of(DIRECT, ("as much, hebrew",), ("chichewa, hebrew",))
+
+
+def losses_turned(*given):
+    return tuple(-gain for gain in exercises._detour(*given))
+
+
+WRONG = {
+    "tokens_saved": [read_in_all, as_a_share, without_logarithms],
+    "crossing": [upside_down, no_root],
+    "english_text": [share_of_the_new, all_that_is_read],
+    "detour": [
+        all_the_english,
+        before_the_hebrew,
+        chichewa_last,
+        no_english_rival,
+        in_one_training,
+        losses_turned,
+    ],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_exercises_tell_right_from_wrong(name, tells_right_from_wrong):
+    tells_right_from_wrong(getattr(exercises, name), WRONG[name])
+
+
+def test_the_check_of_the_detour_says_what_is_wrong():
+    said = {
+        all_the_english: "and no more",
+        before_the_hebrew: "before they are judged",
+        chichewa_last: "the Hebrew comes last",
+        no_english_rival: "reads on in English",
+        in_one_training: "each has its own schedule",
+        losses_turned: "above 0 where",
+    }
+    for answer, text in said.items():
+        assert text in outcome(exercises.detour, answer)[1]
+
+
+def test_the_detour_can_be_run_with_what_the_study_has():
+    """Bytes of three languages and a model of the grid, read as the exercise asks."""
+
+    def read(model, text):
+        reader = deepcopy(model)
+        study.read(reader, text, 0.16, seed=200)
+        return reader
+
+    def loss(model):
+        return evaluate(model, study.text("hebrew").windows(study.LENGTH, 4))
+
+    texts = [study.text(name).first(4096, study.LENGTH) for name in study.CORPORA]
+    model = study.build(200, 1, 16, None)
+    before = loss(model)
+    gains = exercises.detour.reference(model, read, loss, *texts)
+    assert len(gains) == 2 and all(np.isfinite(gains)) and loss(model) == before
+
+
+def test_what_is_measured_and_saved_is_read_off_each_seeds_rows():
+    rows = study.named(made_up())
+    tokens, losses = study.measured([rows, rows], "chichewa", study.LARGE, "scratch")
+    assert tokens.tolist() == [*study.TOKENS] and losses.shape == (2, 3)
+    assert (losses[0] == losses[1]).all() and (np.diff(losses[0]) < 0).all()
+    one = study.share_saved(rows, "chichewa", study.LARGE, study.MIDDLE)
+    assert study.mean_saved([rows, rows], study.LARGE, study.MIDDLE) == pytest.approx(one)

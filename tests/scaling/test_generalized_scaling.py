@@ -9,7 +9,7 @@ from lablib.models import GPT, GPTConfig
 from lablib.paths import data_dir
 from lablib.scaling import generalized_scaling as gs
 from lablib.scaling.inference import fit as fit_law
-from lablib.scaling.laws import abnar, frantar, generalized, hoffmann
+from lablib.scaling.laws import abnar, frantar, generalized, hoffmann, published
 from lablib.studies import generalized_scaling as study
 from lablib.training import fit
 
@@ -66,12 +66,15 @@ def test_below_the_dense_floor_no_dense_model_is_as_good():
 
 
 def test_frantars_multipliers_come_from_frantars_law():
+    printed = published("frantar")
     for S in (0.0, 0.5, 0.75, 0.875):
         times = gs.frantar_equivalent(S)
-        sparse = frantar(gs.FRANTAR, N=1e8, D=1e10, S=S)
-        dense = frantar(gs.FRANTAR, N=times * 1e8, D=1e10, S=0.0)
+        sparse = frantar(printed, N=1e8, D=1e10, S=S)
+        dense = frantar(printed, N=times * 1e8, D=1e10, S=0.0)
         assert float(sparse) == pytest.approx(float(dense), rel=1e-12)
     assert gs.frantar_equivalent(0.0) == 1
+    assert gs.frantar_equivalent(0.875) == pytest.approx(printed["dense_equivalent"], rel=0.01)
+    assert gs.frantar_equivalent(0.5, {**printed, "a_S": 0.0}) == 1, "nothing depends on sparsity"
 
 
 def test_equal_flops_and_the_best_sparsity_of_a_total_size():
@@ -246,28 +249,28 @@ def test_what_is_left_out_is_sparse_and_larger_or_sparser():
     assert all(row["n_experts"] == 8 or row["n_layers"] == 2 for row in out)
 
 
-def published():
+def test_constants_are_those_of_the_published_table():
     path = data_dir() / "published" / "generalized-scaling.csv"
     rows = csv.DictReader(path.open(encoding="utf-8"))
-    return {row["unit"]: float(row["value"]) for row in rows}
-
-
-def test_constants_are_those_of_the_published_table():
-    printed = published()
+    printed = {row["name"]: float(row["value"]) for row in rows}
     for kind, values in {"dense": gs.DENSE, "pruned": gs.PRUNED, "experts": gs.EXPERTS}.items():
         assert values == {name: printed[f"{kind} {name}"] for name in values}
-    for kind, values in {"Frantar": gs.FRANTAR, "Abnar": gs.ABNAR}.items():
-        assert values == {name: printed[f"{kind} {name}"] for name in values}
+    dense = {name: gs.DENSE[name.lower()] for name in hoffmann.names}
+    assert dense == {name: published("hoffmann")[name] for name in dense}, (
+        "fitted to Hoffmann's law"
+    )
 
 
 def test_printed_laws_follow_those_that_they_were_fitted_to():
     # Frantar et al. count what is left, Abnar et al. count all, this law what is active.
     for N, D, S in ((1e9, 2e10, 0.0), (1e9, 1e11, 0.9), (1.88e10, 1.102e11, 0.98)):
         ours = gs.generalized_loss(N * (1 - S), D, S, **gs.EXPERTS)
-        assert ours == pytest.approx(float(abnar(gs.ABNAR, N=N, D=D, S=S)), rel=0.05)
+        assert ours == pytest.approx(float(abnar(published("abnar"), N=N, D=D, S=S)), rel=0.05)
     for S in (0.0, 0.5, 0.75):
         ours = gs.generalized_loss(4e7, 6e10, S, **gs.PRUNED)
-        assert ours == pytest.approx(float(frantar(gs.FRANTAR, N=4e7, D=6e10, S=S)), rel=0.05)
+        assert ours == pytest.approx(
+            float(frantar(published("frantar"), N=4e7, D=6e10, S=S)), rel=0.05
+        )
 
 
 def with_both(total, D, S, e, a, b, c, alpha, beta, gamma):

@@ -1,5 +1,7 @@
 """The shared grid: which trainings there are."""
 
+import pytest
+
 from lablib.evidence.studies import matching, study
 from lablib.studies import scaling_grid as grid
 
@@ -66,13 +68,26 @@ def test_a_fourth_rate_lies_beyond_the_end_at_which_the_best_lay_on_the_tuning_s
 
 
 def test_seven_batches_read_to_a_loss_and_the_largest_read_longer():
-    longer = {8192: 2 * grid.MB, 16384: 4 * grid.MB}
-    for dim in (32, 48, 64):
+    for dim, n_rates in ((32, 3), (48, 3), (64, 1)):
         rows = matching(grid.POINTS, part="steps", dim=dim, seed=0)
-        read = {row["batch"]: row["tokens"] for row in rows}
-        assert list(read) == [256 * 2**i for i in range(7)] and len(rows) == 7
-        more = longer | ({4096: 2 * grid.MB} if dim == 32 else {})
-        assert read == {batch: more.get(batch, grid.MB) for batch in read}
+        read = {row["batch"]: row["tokens"] // grid.MB for row in rows}
+        assert list(read) == [256 * 2**i for i in range(7)] and len(rows) == 7 * n_rates
+        larger = {4096: 3, 8192: 4, 16384: 8} if dim == 32 else {8192: 3, 16384: 4}
+        assert read == {batch: larger.get(batch, 2) for batch in read}
         for row in rows:
             every = row["tokens"] // row["points"]
-            assert every % row["batch"] == 0 and grid.MB // 8 % every == 0, "a point at each target"
+            assert every % row["batch"] == 0 and grid.MB // 4 % every == 0, "a point at each target"
+
+
+def test_rates_to_a_loss_lie_around_the_one_that_was_tuned():
+    tuning = matching(study("scaling-grid").runs("TUNING"), part="steps")
+    for dim in (32, 48, 64):
+        for batch in (8192, 16384):
+            rows = matching(tuning, dim=dim, batch=batch)
+            best = min(rows, key=lambda row: min(losses[-1] for losses in row["averaged"]))
+            tried = grid.rates_to_a_loss(dim, batch)
+            assert grid.tuned_rate(dim, batch) in tried
+            assert 0.5 <= best["lr"] / grid.tuned_rate(dim, batch) <= 2, (dim, batch)
+            if len(tried) == 3:
+                ratios = [lr / grid.tuned_rate(dim, batch) for lr in tried]
+                assert ratios == pytest.approx([0.5, 1, 2], rel=0.02)

@@ -7,8 +7,7 @@ from scipy.optimize import minimize_scalar
 
 from lablib.paths import PACKAGE
 from lablib.scaling import laws
-from lablib.scaling.kaplan_scaling import published
-from lablib.scaling.laws import allocate
+from lablib.scaling.laws import allocate, published
 
 PEERS = json.loads((PACKAGE / "scaling" / "peers.json").read_text("utf-8"))
 ALL = [value for value in vars(laws).values() if isinstance(value, laws.Law)]
@@ -38,8 +37,20 @@ def test_the_recorded_values_are_package_chinchillas():
 
 
 def test_the_published_corrections_are_those_that_peers_are_recorded_with():
-    for who, values in zip(("hoffmann", "corrected"), record_peers.VALUES):
-        assert {name: published()[f"{who}_{name}"] for name in values} == values
+    stored = published("hoffmann")
+    for who, values in zip(("", "corrected_"), record_peers.VALUES):
+        assert {name: stored[who + name] for name in values} == values
+
+
+def test_what_a_paper_prints_is_what_its_law_needs():
+    for law in (laws.hoffmann, laws.frantar, laws.abnar):
+        printed = published(law.name.lower())
+        assert set(law.names) <= set(printed) and all(
+            p.low <= printed[p.name] <= p.high for p in law.parameters
+        )
+        assert 0 < float(law(printed, N=1e9, D=2e10, S=0.5)) < 5
+    with pytest.raises(ValueError, match="hoffmann, frantar, abnar"):
+        published("nobody")
 
 
 def test_laws_are_their_equations():

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from lablib.exercises import mu_scaling as exercises
+from lablib.lab.grading import outcome
 from lablib.models import GPT, GPTConfig, anatomy, pretrained
 from lablib.paths import PACKAGE
 from lablib.scaling import mu_scaling as ms
@@ -290,6 +291,12 @@ def test_a_law_is_told_the_narrower_models_at_the_bases_rate_alone():
     assert study.error([*runs, widest, elsewhere]) == pytest.approx(wanted, abs=0.01)
 
 
+def test_a_searched_law_is_told_each_width_at_the_best_of_its_rates():
+    runs = [run("standard", dim, 0.002, 2 + 5 * dim**-0.8) for dim in study.PLANNED]
+    runs += [run("standard", dim, study.RATE, 3.0) for dim in study.PLANNED]
+    assert study.error_searched(runs) == pytest.approx(0.0, abs=0.01)
+
+
 def test_method_and_baseline_are_given_as_many_rates_and_the_same_ones_at_the_base():
     for dim in study.SEARCHED:
         assert len(study.TRIED["mup"][dim]) == len(study.TRIED["standard"][dim])
@@ -363,13 +370,44 @@ def in_n(n, loss, b, large):
     return float(np.polyval(np.polyfit(n, loss, 1), large))
 
 
+def widths_alone(blocks, base_blocks):
+    return base_blocks / blocks, 1.0
+
+
+def no_rate(blocks, base_blocks):
+    return math.sqrt(base_blocks / blocks), 1.0
+
+
+def twice_smaller(blocks, base_blocks):
+    return math.sqrt(base_blocks / blocks), base_blocks / blocks
+
+
 WRONG = {
     "stored": [as_drawn, roots, all_hidden],
     "exponent": [of_sizes, of_norms, of_means],
     "foretell": [no_floor, straight, in_n],
+    "deeper": [widths_alone, no_rate, twice_smaller],
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_exercises_tell_right_from_wrong(name, tells_right_from_wrong):
     tells_right_from_wrong(getattr(exercises, name), WRONG[name])
+
+
+def test_the_check_of_depth_says_what_is_wrong():
+    said = {widths_alone: "begins too small", no_rate: "start is right", twice_smaller: "already"}
+    for answer, text in said.items():
+        assert text in outcome(exercises.deeper, answer)[1]
+
+
+def test_a_deeper_models_sums_begin_and_move_as_the_bases_by_what_the_exercise_says():
+    """Residual streams of random blocks, and of blocks that one step has moved the same way."""
+    random = np.random.default_rng(0)
+    sizes = {}
+    for blocks in (2, 8, 32):
+        times, rate = exercises.deeper.reference(blocks, 2)
+        start = times * random.normal(size=(blocks, 20_000)).sum(0)
+        sizes[blocks] = start.std(), blocks * times * rate
+    for start, move in sizes.values():
+        assert (start, move) == (pytest.approx(sizes[2][0], rel=0.03), pytest.approx(2.0))

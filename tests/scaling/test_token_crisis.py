@@ -1,6 +1,8 @@
 import copy
 import inspect
+import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -326,7 +328,36 @@ def shared_met_once(attention, feed_forward, layers, experts, shared):
     return stored, met // layers if shared else met
 
 
+def at_the_lowest_of_all(held_out, every, patience):
+    return (int(np.argmin(held_out)) + 1) * every
+
+
+def at_the_first_rise(held_out, every, patience):
+    rises = np.flatnonzero(np.diff(held_out) >= 0)
+    return (int(rises[0]) + 2) * every if len(rises) else len(held_out) * every
+
+
+def after_rises_in_a_row(held_out, every, patience):
+    run = 0
+    for reading, (before, now) in enumerate(itertools.pairwise(held_out), 2):
+        run = run + 1 if now >= before else 0
+        if run == patience:
+            return reading * every
+    return len(held_out) * every
+
+
+def a_reading_early(held_out, every, patience):
+    found = exercises._switch_step(held_out, every, patience)
+    return found - every if found < len(held_out) * every else found
+
+
 WRONG = {
+    "switch_step": [
+        at_the_lowest_of_all,
+        at_the_first_rise,
+        after_rises_in_a_row,
+        a_reading_early,
+    ],
     "inverted_dropout": [not_scaled, by_what_is_lost],
     "residual": [stream_lost_too, path_not_scaled],
     "counted": [all_experts_met, shared_met_once],
