@@ -126,3 +126,60 @@ slope = Exercise(
     minutes=10,
     difficulty="medium",
 )
+
+
+def _still_floor(N, D, S, loss, alpha, beta):
+    columns = [np.ones_like(N), (1 - S) ** alpha / N**alpha, D**-beta, S / N**alpha]
+    values, *_ = np.linalg.lstsq(np.stack(columns, 1), loss, rcond=None)
+    return values
+
+
+def _columns(random, rows: int = 24) -> list[np.ndarray]:
+    """N, D and S of some models, and the exponents."""
+    N, D = 10 ** random.uniform(3, 5, rows), 10 ** random.uniform(5, 7, rows)
+    return [N, D, random.choice([0, 0.4, 0.7], rows), *random.uniform(0.3, 0.6, 2)]
+
+
+def _test_still_floor(candidate) -> None:
+    random = np.random.default_rng()
+    N, D, S, alpha, beta = _columns(random)
+    e, a, b, c = random.uniform((0.5, 5, 50, 1), (1.5, 50, 500, 30)).tolist()
+    told = {"a": a, "b": b, "c": c, "alpha": alpha, "beta": beta}
+    exact = e + (a * (1 - S) ** alpha + c * S) / N**alpha + b / D**beta
+    first = np.asarray(candidate(N, D, S, exact, alpha, beta))
+    why = "losses made by the law itself, gamma = 0: its own e, a, b and c must come out"
+    expect(first, np.array([e, a, b, c]), why, known=_slips(N, D, S, exact, alpha, beta), atol=1e-3)
+    noisy = exact * np.exp(0.02 * random.standard_normal(len(N)))
+    right = _still_floor(N, D, S, noisy, alpha, beta)
+    known = _slips(N, D, S, noisy, alpha, beta)
+    known.append(
+        (np.array([e, *(told[name] for name in "abc")]), "these losses are noisy: fit them")
+    )
+    found = np.asarray(candidate(N, D, S, noisy, alpha, beta))
+    expect(found, right, "least squares of the losses themselves", known=known, atol=1e-4)
+
+
+def _slips(N, D, S, loss, alpha, beta) -> list:
+    """Wrong values, and what was forgotten."""
+
+    def least(*columns):
+        return np.linalg.lstsq(np.stack(columns, 1), loss, rcond=None)[0]
+
+    one, size, data, idle = np.ones_like(N), N**-alpha, D**-beta, S * N**-alpha
+    both = (1 - S) ** alpha * size
+    return [
+        (least(one, size, data, idle), "a stands beside (1 - S)^alpha: it is over the total size"),
+        (least(one, both, data, S), "idle parameters are over N^alpha, too"),
+        (np.r_[0, least(both, data, idle)], "without gamma the floor stays: it is not zero"),
+        (least(one, both, idle, data), "in the order e, a, b, c"),
+    ]
+
+
+still_floor = Exercise(
+    reference=_still_floor,
+    test=_test_still_floor,
+    question="Which exponents fit best, and how far off is that law where it was not fitted?",
+    hint="A column each: 1, (1 - S)^alpha / N^alpha, 1 / D^beta, S / N^alpha; then lstsq.",
+    minutes=20,
+    difficulty="open",
+)

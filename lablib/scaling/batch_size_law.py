@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lablib.paths import data_dir
+from lablib.scaling.critical_batch_size import printed_critical
 from lablib.scaling.curves import around, valley
+from lablib.scaling.step_law import step_law
 
 Run = Mapping[str, Any]
 Number = float | np.ndarray
@@ -203,7 +205,5 @@ def recommended(D: Number) -> dict[str, Number]:
     Zhang et al. (lab 406) have the batch from which a larger one costs 20 % more; Li et al. (lab
     407) the best one after rate and batch are tuned together.
     """
-    at = published()
-    critical = at["cbs_c"] * (D / 1e6) ** at["cbs_D"] * at["cbs_length"]
-    step = at["step_c"] * D ** at["step_D"]
-    return {"Shuai et al., 2024": printed_batch(D), **dict(zip(RIVALS, (critical, step)))}
+    rivals = printed_critical(D), step_law(1.0, D).batch  # of Step Law's, the size changes nothing
+    return {"Shuai et al., 2024": printed_batch(D), **dict(zip(RIVALS, rivals))}

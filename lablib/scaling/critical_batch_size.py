@@ -88,6 +88,18 @@ def published() -> dict[str, list[dict[str, float]]]:
     return rows
 
 
+def printed_critical(tokens: float, length: int = 512) -> float:
+    """The paper's critical batch after so many tokens, in tokens; its sequences have `length`."""
+    path = data_dir() / "published" / "critical-batch-size.csv"
+    with open(path, encoding="utf-8", newline="") as file:
+        value = {
+            row["unit"]: float(row["value"]) for row in csv.DictReader(file) if not row["model"]
+        }
+    at_a_million = value["sequences, at a million tokens"]
+    power = value["exponent of the critical batch in parameters and in tokens"]
+    return at_a_million * (tokens / 1e6) ** power * length
+
+
 @lru_cache
 def published_fits() -> Mapping[str, Efficiency]:
     """S(B) of each of the published models, from the batch of 256 sequences, the paper's best."""

@@ -80,12 +80,16 @@ def rivals(rows: list[dict]) -> dict:
 
 def coefficients(rows: list[dict]) -> dict[str, float]:
     """Of the generalized law fitted to all rows, and of one whose floor may not move."""
-    law = trainings.fitted(rows)
-    options = {"fixed": {"gamma": 0.0}, "starts": [law]}
-    still = fit(generalized, trainings.columns(rows), "loss", **options).values
+    law, still = trainings.fitted(rows), without_gamma(rows)
     offs = [trainings.off(trainings.predicted(values, rows), rows) for values in (law, still)]
     made = {"c": law["c"], "gamma": law["gamma"], "c_still": still["c"]}
     return made | dict(zip(("off", "off_still"), offs))
+
+
+def without_gamma(rows: list[dict]) -> dict[str, float]:
+    """The generalized law fitted to rows with a floor that may not move."""
+    options = {"fixed": {"gamma": 0.0}, "starts": [trainings.fitted(rows)]}
+    return fit(generalized, trainings.columns(rows), "loss", **options).values
 
 
 def cells_of(rows: list[dict]) -> dict[tuple, dict[int, list[float]]]:

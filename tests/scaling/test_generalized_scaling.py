@@ -310,7 +310,24 @@ def wrong_power(N, e, a, c, alpha, gamma):
     return -gamma * e + (c - a) / N**alpha
 
 
+def moving_floor(N, D, S, loss, alpha, beta):
+    columns = [1 - S, (1 - S) ** alpha / N**alpha, D**-beta, S / N**alpha]
+    return np.linalg.lstsq(np.stack(columns, 1), loss, rcond=None)[0]
+
+
+def logarithms(N, D, S, loss, alpha, beta):
+    columns = [np.ones_like(N), (1 - S) ** alpha / N**alpha, D**-beta, S / N**alpha]
+    return np.linalg.lstsq(np.stack(columns, 1), np.log(loss), rcond=None)[0]
+
+
+def dense_alone(N, D, S, loss, alpha, beta):
+    kept = S == 0
+    law = exercises._still_floor(N[kept], D[kept], S[kept], loss[kept], alpha, beta)
+    return np.array([*law[:3], law[1] * alpha])
+
+
 WRONG = {
+    "still_floor": [moving_floor, logarithms, dense_alone],
     "from_total": [with_both, idle_over_total, fixed_floor],
     "equivalent": [with_floor, all_count, own_floor],
     "slope": [no_floor, undivided, wrong_power],

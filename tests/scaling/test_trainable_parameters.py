@@ -222,6 +222,12 @@ def test_flops_of_a_token_are_those_of_the_counts_where_layers_are_dense():
 def test_the_study_matches_flops():
     doped = tp.training_flops(tp.Counts(1, 2), study.TOKENS)
     assert tp.training_flops(tp.Counts(1, 1), study.LONGER) == pytest.approx(doped, rel=0.005)
+    model = study.build(0, *study.BASE[1:3], None)
+    trained, head = tp.counts(model).trainable, model.embedding.weight.numel()
+    both = tp.Counts(trained + head, 2 * trained + head)  # DOUBLED has as many frozen ones again
+    once = tp.Counts(trained + head, trained + head)
+    spent = tp.training_flops(both, study.TOKENS)
+    assert tp.training_flops(once, study.EQUAL) == pytest.approx(spent, rel=0.002)
 
 
 def test_the_study_has_six_doped_and_four_structured_models_each_tuned_on_two_seeds():
