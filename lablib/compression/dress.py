@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lablib.compression import importance
 from lablib.compression.calibration import token_losses
+from lablib.compression.llm_surgeon import costs_by_blocks
 from lablib.compression.recover import recover
 from lablib.compression.structures import Keep, remaining, sizes
 from lablib.models import anatomy
@@ -30,9 +31,10 @@ def choose(
 
     rows: (n, length + 1), a little text. parts: "neurons", "heads" or "channels"; of heads whole
         key-value groups go, ranked by the sum of their squares; channels are those of the residual
-        stream, the same for all blocks. by: "activation", what a part adds to the residual stream,
-        or "magnitude", the norm of its weights in the output's columns; channels go by what is
-        read from them.
+        stream, the same for all blocks. by: "activation", what a part adds to the residual stream;
+        "magnitude", the norm of its weights in the output's columns; or "curvature", what the
+        removal of these columns costs by The LLM Surgeon (lab 802); channels go by what is read
+        from them.
     Raises ValueError for a ratio that leaves a block nothing.
     """
     if parts == "channels":
@@ -51,8 +53,12 @@ def _scores(model: nn.Module, rows: Tensor, parts: str, by: str) -> list[Tensor]
     if by == "activation":
         return {"neurons": importance.of_neurons, "heads": importance.of_heads}[parts](model, rows)
     role = {"neurons": "down", "heads": "output"}[parts]
-    columns = [layer.weight.detach() for layer in anatomy.projections(model, role).values()]
-    norms = [weight.norm(dim=0) for weight in columns]
+    if by == "curvature":
+        costs = costs_by_blocks(model, rows, "surgeon", role)
+        norms = [costs[name][1].sqrt() for name in anatomy.projections(model, role)]
+    else:
+        columns = [layer.weight.detach() for layer in anatomy.projections(model, role).values()]
+        norms = [weight.norm(dim=0) for weight in columns]
     if parts == "heads":
         width = sizes(model).head_dim
         norms = [norm.square().unflatten(0, (-1, width)).sum(1).sqrt() for norm in norms]

@@ -101,7 +101,7 @@ class Lab:
             source = parts[0][0]
             again = call(source.module.run, source.module.CANARY)["result"]
             stored = source.read()[0]["canary"]
-            self.say(_compared([(again, stored)], [], "the study's canary repeated here"))
+            self.say(_compared([(again, stored)], [], "The study's canary repeated here"))
             return
         rows = [row | {"of": source} for source, found in parts for row in found]
         rows = [r for r in rows if any(map(comparable, *zip(*r["result"].items())))]

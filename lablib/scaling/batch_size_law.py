@@ -38,7 +38,7 @@ class Bottom(NamedTuple):
 
 
 def bottom(x: Sequence[float], loss: Sequence[float], points: int = 5) -> Bottom:
-    """The bottom of loss over ln x, by least squares through the points nearest the best one.
+    """The bottom of loss over ln x, by least squares through points near the best.
 
     Raises ValueError for fewer than 3 different x, or x that are not above 0.
     """

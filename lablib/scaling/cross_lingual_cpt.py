@@ -24,7 +24,7 @@ KEPT = ("E", "A", "alpha")  # what continuing leaves as training from scratch ha
 
 
 def loss(values: Values, N: Number, D: Number) -> Number:
-    """Loss of N parameters after D tokens of the new language. Equation 4; 1 without gamma."""
+    """Loss of N parameters after D new tokens. Equation 4; without gamma, equation 1."""
     shared = values["E"] + values["A"] / N ** values["alpha"]
     # B' / (D^beta' N^gamma): what is left to learn, less of it in a larger model
     return shared + values["B"] / (D ** values["beta"] * N ** values.get("gamma", 0.0))

@@ -27,7 +27,7 @@ def rows():
 # The choice.
 
 
-@pytest.mark.parametrize("by", ["activation", "magnitude"])
+@pytest.mark.parametrize("by", ["activation", "magnitude", "curvature"])
 def test_what_adds_least_goes(by, rows):
     model = small_model()
     small = [3, 8, 11, 19, 0]
@@ -38,7 +38,7 @@ def test_what_adds_least_goes(by, rows):
     assert [sorted({*range(20)} - {*stays}) for stays in keep.neurons] == [sorted(small)] * 2
 
 
-@pytest.mark.parametrize("by", ["activation", "magnitude"])
+@pytest.mark.parametrize("by", ["activation", "magnitude", "curvature"])
 def test_heads_go_in_whole_groups(by, rows):
     model = small_model()
     width = 2 * sizes(model).head_dim
@@ -47,6 +47,22 @@ def test_heads_go_in_whole_groups(by, rows):
         model.blocks[1].attention.output.weight[:, width:] *= 1e-3
     keep = dress.choose(model, rows, 0.5, parts="heads", by=by)
     assert keep.heads == [[2, 3], [0, 1]] and keep.neurons is None
+
+
+def test_a_neuron_with_a_twin_is_cheap_by_curvature_alone(rows):
+    scores = {}
+    for twins in (False, True):
+        model = small_model()
+        with torch.no_grad():
+            for block in model.blocks:
+                block.mlp.gate.weight[4] *= 3
+                if twins:
+                    for layer in (block.mlp.gate, block.mlp.up):
+                        layer.weight[9] = layer.weight[4]
+        for by in ("activation", "curvature"):
+            scores[by, twins] = dress._scores(model, rows, "neurons", by)[0][4]
+    assert scores["curvature", True] < 0.8 * scores["curvature", False]
+    assert scores["activation", True] == pytest.approx(scores["activation", False])
 
 
 def test_channels_that_nobody_reads_go(rows):
