@@ -178,7 +178,12 @@ TUNING += grid(seed=100, parametrization=BOTH, dim=(32, 64, 128, 256), lr=0.016,
 TUNING += grid(seed=100, parametrization=BOTH, dim=(64, 128), lr=(0.001, 0.002))
 TUNING += grid(seed=100, parametrization=BOTH, dim=(48, 96, 256), lr=RATE)
 TUNING += grid(seed=100, parametrization=BOTH, dim=256, lr=(0.0005, 0.001, 0.002, 0.004, 0.016))
-TUNING += [point | {"steps": LONG} for point in valleys(100, SIX)]
+TUNING += [
+    point
+    for kind, of in SIX.items()
+    for dim, lr in of.items()
+    for point in grid(seed=100, parametrization=kind, dim=dim, lr=lr, steps=LONG)
+]
 CANARY = {"seed": 200, "parametrization": "mup", "dim": 64, "lr": 0.01, "steps": 3, "windows": 8}
 METHOD, BASELINE = {"parametrization": "mup"}, {"parametrization": "standard"}
 CLAIMS = ("predicted", "drift", "coordinates", "search", "wider")
