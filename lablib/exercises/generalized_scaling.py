@@ -144,17 +144,15 @@ def _test_still_floor(candidate) -> None:
     random = np.random.default_rng()
     N, D, S, alpha, beta = _columns(random)
     e, a, b, c = random.uniform((0.5, 5, 50, 1), (1.5, 50, 500, 30)).tolist()
-    told = {"a": a, "b": b, "c": c, "alpha": alpha, "beta": beta}
+    own = np.array([e, a, b, c])
     exact = e + (a * (1 - S) ** alpha + c * S) / N**alpha + b / D**beta
     first = np.asarray(candidate(N, D, S, exact, alpha, beta))
     why = "losses made by the law itself, gamma = 0: its own e, a, b and c must come out"
-    expect(first, np.array([e, a, b, c]), why, known=_slips(N, D, S, exact, alpha, beta), atol=1e-3)
+    expect(first, own, why, known=_slips(N, D, S, exact, alpha, beta), atol=1e-3)
     noisy = exact * np.exp(0.02 * random.standard_normal(len(N)))
     right = _still_floor(N, D, S, noisy, alpha, beta)
     known = _slips(N, D, S, noisy, alpha, beta)
-    known.append(
-        (np.array([e, *(told[name] for name in "abc")]), "these losses are noisy: fit them")
-    )
+    known.append((own, "these losses are noisy: fit them"))
     found = np.asarray(candidate(N, D, S, noisy, alpha, beta))
     expect(found, right, "least squares of the losses themselves", known=known, atol=1e-4)
 
