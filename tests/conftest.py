@@ -17,6 +17,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(autouse=True)
+def _as_many_threads_as_before():
+    """A test leaves torch's threads as they were.
+
+    Importing quantecon brings numba's, which raises their number for the whole process; whatever
+    is timed after that, with more threads than cores are free, takes ten times as long.
+    """
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture
 def tells_right_from_wrong():
     """Check an exercise: its reference passes; the untouched stub and wrong answers fail.

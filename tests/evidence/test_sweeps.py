@@ -39,7 +39,6 @@ def test_rows_come_in_the_points_order_after_a_training_in_the_parent(tmp_path):
     layer = torch.nn.Linear(256, 256)
     layer(torch.randn(512, 256)).square().mean().backward()
     rows = sweep(functions.product, POINTS, tmp_path, workers=2)
-    torch.set_num_threads(1)
     assert [row["point"] for row in rows] == POINTS
     assert [row["result"] for row in rows] == [functions.product(**point) for point in POINTS]
 
