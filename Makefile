@@ -147,8 +147,8 @@ doctor: setup ## what this machine can run
 bench: setup ## time kernels, training, encoding and labs
 	@$(BIN)/python -m lablib bench
 
-checkpoints: setup ## train tiny-1m and tiny-4m again (one to two hours on two cores)
-	@$(BIN)/python -m lablib.training.checkpoints tiny-1m tiny-4m
+checkpoints: setup ## train tiny-1m, tiny-2m and tiny-4m again (two hours on two cores)
+	@$(BIN)/python -m lablib.training.checkpoints tiny-1m tiny-2m tiny-4m
 
 wheel: setup ## build the wheel, data included
 	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/dist .

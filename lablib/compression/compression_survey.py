@@ -8,15 +8,17 @@ Lab 808. A recipe is a list of steps: prune, tune, quantize, distil. What is pru
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lablib.compression import cherry, importance
+from lablib.compression import cherry, flexigpt, importance
 from lablib.compression.calibration import input_norms, token_losses
 from lablib.compression.finequant import adaptive_groups, ranges
 from lablib.compression.nas_compression import divergence
@@ -95,7 +97,7 @@ TAXONOMY = (
          "compression.compression_survey:imitating", "training"),
     Leaf("shared weights", ("compact design",),
          "One block's weights serve for several, with small adapters.",
-         "compression.flexigpt:share_"),
+         "compression.flexigpt:share_", "text"),
     Leaf("low rank", ("compact design",),
          "A matrix becomes a product of two thin ones.",
          "compression.flexigpt:low_rank"),
@@ -267,10 +269,9 @@ def narrow(model, rows, keep: float, blocks: int | None = None) -> nn.Module:
 
 def narrower(model, rows, keep: float, blocks: int | None = None) -> Keep:
     """What stays where a model is made `narrow`."""
-    from lablib.compression.flexigpt import block_influence
-
     size = sizes(model)
-    chosen = sorted(block_influence(model, rows[:16]).topk(blocks or size.blocks).indices.tolist())
+    scores = flexigpt.block_influence(model, rows[:16])
+    chosen = sorted(scores.topk(blocks or size.blocks).indices.tolist())
     share = keep * size.blocks / len(chosen)
     per_group = size.heads // size.kv_heads
     n_groups = max(1, round(share * size.kv_heads))
@@ -302,9 +303,88 @@ def emptied(model, rows, keep: float, steps: int, rate: float, weight: float = 1
     return sliced(model, stays)
 
 
-def tuned(model, rows, steps: int, rate: float, batch: int = 8) -> nn.Module:
-    """Train on text, through the constraints."""
+def shed(model, rows, blocks: int, steps: int, rate: float, batch: int = 8) -> nn.Module:
+    """Train so that blocks may go, then let them (lab 801).
+
+    blocks: how many stay, evenly spread; the rate at which they are left out follows from it.
+    """
+    from lablib.compression import layerdrop
+
+    n = len(anatomy.blocks(model))
+    layerdrop.layerdrop_(model, layerdrop.optimal_rate(blocks, n))
     recover(model, rows, steps, rate, batch=batch, seed=None)
+    return layerdrop.pruned(model, layerdrop.evenly(n, blocks))
+
+
+def shared(model, rows, blocks: int, keep: float, gain: float = 2.0) -> nn.Module:
+    """So many blocks stay and do the work of the others, too, each with thin matrices (lab 804).
+
+    keep: of the parameters of the blocks' projections, thin matrices counted, which get the rank
+        that this allows, at least 1. gain: of the others' outputs, at the start.
+    """
+    gone = len(anatomy.blocks(model)) - blocks
+    layers = anatomy.projections(model).values()
+    weights, ends = (sum(of(layer) for layer in layers) for of in (_weights, _ends))
+    room = keep * weights - weights * blocks / (blocks + gone)  # for the thin ones
+    rank = max(1, int(room / (ends * gone / (blocks + gone))))
+    scores = flexigpt.block_influence(model, rows[:16])
+    chosen = flexigpt.bases(flexigpt.distances(model, rank), flexigpt.least(scores, gone))
+    return flexigpt.share_(model, chosen, rank, gain)
+
+
+def _weights(layer: nn.Module) -> int:
+    return layer.weight.numel()
+
+
+def _ends(layer: nn.Module) -> int:
+    """What a rank of thin matrices has in it."""
+    return sum(layer.weight.shape)
+
+
+def searched(model, rows, keep: float, steps: int, rate: float, distill: float = 0.5,
+             batch: int = 8, calibration: int = 64, tries: int = 120, seed: int = 0):  # fmt: skip
+    """Train many sizes in one, then take the best that is small enough (lab 805).
+
+    keep: of the parameters of the blocks' projections, at most. Sub-networks have half of the
+    blocks or more, block by block half of the groups of heads or all, and neurons by quarters. What
+    matters is told on the first `calibration` of the rows; the search looks at 24 of these, and
+    `tries` of sub-networks, those that are too large not counted as worth a look.
+    """
+    from lablib.compression import nas_compression as nas
+
+    size, random = sizes(model), np.random.default_rng(seed)
+    nas.sort_by_importance_(model, rows[:calibration])
+    order = flexigpt.block_influence(model, rows[:16]).argsort(descending=True).tolist()
+    space = nas.Space(
+        model,
+        blocks=range(size.blocks // 2, size.blocks + 1),
+        groups=sorted({-(-size.kv_heads // 2), size.kv_heads}),
+        neurons=[size.neurons * quarter // 4 for quarter in range(1, 5)],
+        fine=True,
+        order=order,
+    )
+    how = nas.sandwich_loss(space, random, distill=distill)
+    recover(model, rows, steps, rate, batch=batch, seed=None, loss=how)
+    whole = sum(layer.weight.numel() for layer in anatomy.projections(model).values())
+    most = space.parameters(space.largest) - (1 - keep) * whole
+
+    def judged(config: nas.Config) -> tuple[float, float]:
+        count = space.parameters(config)
+        if count > most:
+            return count, math.inf
+        return most, token_losses(space.cut(config), rows[:24]).mean().item()
+
+    found = {space.smallest: judged(space.smallest)} | nas.evolve(space, judged, tries, random)
+    best = min(found, key=lambda config: found[config][1])
+    if math.isinf(found[best][1]):
+        raise ValueError(f"the smallest sub-network has more than {keep:.3g} of the parameters")
+    return space.cut(best)
+
+
+def tuned(model, rows, steps: int, rate: float, batch: int = 8) -> nn.Module:
+    """Train on text, through the constraints; of shared blocks what is their own alone."""
+    what = flexigpt.learning(model) or "all"
+    recover(model, rows, steps, rate, batch=batch, seed=None, trainable=what)
     return model
 
 
@@ -350,11 +430,15 @@ STEPS: Mapping[str, Callable[..., nn.Module]] = {
     "2:4": two_of_four,
     "2:4, moved": two_of_four_moved,
     "narrow": narrow,
+    "shared": shared,
     "empty": emptied,
+    "shed": shed,
+    "search": searched,
     "tune": tuned,
     "teach": taught,
     "imitate": imitating,
 }
+LEARNS = ("empty", "shed", "search", "tune", "teach", "imitate")  # read all of the text
 Recipe = Sequence[tuple[str, Mapping[str, object]]]
 
 
@@ -377,8 +461,8 @@ def compress(
         if name not in STEPS:
             raise ValueError(f"{name!r} is none of {', '.join(STEPS)}")
         teaches = {"teacher": model} if name in ("teach", "imitate") else {}
-        learns = name in ("empty", "tune", "teach", "imitate")
-        small = STEPS[name](small, rows if learns else rows[:calibration], **options, **teaches)
+        text = rows if name in LEARNS else rows[:calibration]
+        small = STEPS[name](small, text, **options, **teaches)
     if budget is not None and (bits := bits_a_weight(small, model)) > budget:
         raise ValueError(f"this recipe stores {bits:.2f} bits a weight, more than {budget:g}")
     return small
@@ -402,6 +486,9 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _parts(layer: nn.Module) -> dict[str, Tensor]:
+    if isinstance(layer, flexigpt.SharedLinear):  # its weight is another layer's
+        own = {"a": layer.a, "b": layer.b} | ({} if layer.gain is None else {"gain": layer.gain})
+        return {name: part.detach().half() for name, part in own.items()}
     rule = constrained(layer)
     weight = layer.parametrizations.weight.original if parametrize.is_parametrized(layer) else (
         layer.weight
@@ -454,6 +541,8 @@ def deployed(model: nn.Module) -> nn.Module:
     """A copy to run: rounded layers multiply from their codes, pruned ones hold zeros."""
     ready = copy.deepcopy(model)
     for name, layer in anatomy.projections(ready).items():
+        if isinstance(layer, flexigpt.SharedLinear):
+            continue
         rule = constrained(layer)
         if rule.bits is not None and rule.mask is None and not isinstance(rule, Cherries):
             weight = layer.parametrizations.weight.original

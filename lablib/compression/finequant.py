@@ -5,7 +5,7 @@ rounded; `adaptive_groups` chooses how large groups are. Everything that is stor
 with is `lablib.compression.quantize`.
 
 The abstract says that a heuristic finds the granularity from the weights; its rule was not found,
-so the one here is ours: halve the groups as long as their ranges shrink enough.
+so the one here is ours: groups get finer as long as their ranges shrink enough.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Trail = list[tuple[int, float]]  # group size, typical range: from one scale a r
 
 
 def adaptive_groups(trail: Trail, alpha: float, gain: Callable = per_bit) -> int:
-    """How many neighbours share a scale: groups are halved as long as a step's gain is above alpha.
+    """How many neighbors share a scale: finer groups as long as a step's gain is above alpha.
 
     trail: of a matrix, by `ranges`. gain: (group, range, next group, its range) -> what the step is
     worth: `per_bit` or `shrinking`. Infinity stays at rows, minus infinity goes to the trail's end.

@@ -31,7 +31,7 @@ from lablib.paths import data_dir
 
 
 def row_costs(weight: Tensor, inputs: Tensor, outputs_inverse: Tensor) -> Tensor:
-    """What the loss gains when a row goes and the others make up for it: (out,)."""
+    """By how much the loss rises when a row goes and the others make up for it: (out,)."""
     # (W A W^T)_ii / (2 (G^-1)_ii)
     return ((weight @ inputs) * weight).sum(1) / (2 * outputs_inverse.diagonal())
 

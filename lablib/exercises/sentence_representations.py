@@ -101,3 +101,61 @@ bits = Exercise(
     minutes=5,
     difficulty="easy",
 )
+
+
+def _to_z(vectors, z, new, strength):
+    center, middle = vectors.mean(0), z.mean(0)
+    v = vectors - center
+    gram = v.T @ v + strength * torch.eye(v.shape[1])
+    weights = torch.linalg.solve(gram, v.T @ (z - middle))
+    return middle + (new - center) @ weights
+
+
+def _test_to_z(candidate) -> None:
+    for _ in range(3):
+        n, dim, width = random.randint(5, 7), random.randint(9, 12), random.randint(3, 5)
+        m, strength = random.randint(2, 4), random.choice([0.4, 0.6, 2.0, 3.0])
+        vectors, new = torch.randn(n, dim) + 0.5, torch.randn(m, dim) + 0.5
+        z = vectors @ torch.randn(dim, width) + 0.5 * torch.randn(n, width) + 2
+        right, center, middle = _to_z(vectors, z, new, strength), vectors.mean(0), z.mean(0)
+        plain = middle + (new - center) @ torch.linalg.pinv(vectors - center) @ (z - middle)
+        known = [
+            (middle.expand(m, -1), "that is the mean z for all: the map has to read the vectors"),
+            (right - middle, "the mean z, which was taken off before the fit, is missing"),
+            (_without_constant(vectors, z, new, strength), "the map lacks a constant: take the "
+             "mean off the vectors and off z before the fit"),
+            (_with_ones(vectors, z, new, strength), "strength holds back the constant, too: take "
+             "the means off, in place of a column of ones"),
+            (plain, "strength is left out; with fewer pairs than numbers the map then follows the "
+             "noise of z"),
+            (_to_z(vectors, z, new, n * strength), "strength stands beside the sum of squared "
+             "errors, not beside their mean"),
+            (_to_z(vectors, z, new, strength**2), "strength is not squared"),
+            (_to_z(vectors, z, new - new.mean(0) + center, strength), "take the mean of the "
+             "fitted vectors off the new ones, not their own: a sentence's z depends on no other"),
+        ]  # fmt: skip
+        given = (part.clone() for part in (vectors, z, new))
+        hint = "means off, (V^T V + strength I) W = V^T Z, the mean z back on"
+        expect(candidate(*given, strength), right, hint, known=known, atol=1e-3)
+
+
+def _without_constant(vectors, z, new, strength):
+    gram = vectors.T @ vectors + strength * torch.eye(vectors.shape[1])
+    return new @ torch.linalg.solve(gram, vectors.T @ z)
+
+
+def _with_ones(vectors, z, new, strength):
+    longer = [torch.cat([part, torch.ones(len(part), 1)], 1) for part in (vectors, new)]
+    return _without_constant(longer[0], z, longer[1], strength)
+
+
+to_z = Exercise(
+    reference=_to_z,
+    test=_test_to_z,
+    question="How much of what your map gains is told by the book that a verse is from, and how "
+    "would you find out?",
+    hint="Take both means off first. Then the weights W solve (V^T V + strength I) W = V^T Z. At "
+    "the end the mean z comes back on.",
+    minutes=15,
+    difficulty="open",
+)

@@ -225,8 +225,9 @@ def _from_hub(name: str) -> Path:
 def pretrained(name: str, dtype=None):
     """A pretrained model and its tokenizer: (GPT, transformers fast tokenizer), in eval mode.
 
-    name: "smollm2-135m-instruct", one of our checkpoints ("tiny-1m", "tiny-4m"), or a Llama-family
-    model of the Hugging Face hub ("owner/model"). dtype: of the parameters, float32 by default.
+    name: "smollm2-135m-instruct", one of our checkpoints ("tiny-1m", "tiny-2m", "tiny-4m"), or
+    a Llama-family model of the Hugging Face hub ("owner/model"). dtype: of the parameters, float32
+    by default.
     Weights are mapped from the file, so what is never used takes no memory.
     The tokenizer takes markers such as <|endoftext|> in a text for letters, unless the model has a
     chat template, which writes them: then `encode(text, split_special_tokens=True)` does.

@@ -9,7 +9,8 @@ neurons.
 A super-network trains 200 steps of 4 windows on the largest, the smallest and two random
 sub-networks. The baseline cuts four sizes out of the same sorted model and trains each alone: as
 many steps each as the super-network has, or a quarter, so that the sum is the same. Steps are
-counted, and text; a sandwich step costs about two and a half plain ones.
+counted; a sandwich step costs about two and a half plain ones. Models with a quarter of the steps
+all read the first quarter of the super-network's text.
 
 On another seed four rates were tried for each: the super-network with and without distillation, and
 the models trained alone for all steps and for a quarter of them. The best was inside each time. All

@@ -1,4 +1,4 @@
-"""Train our own small checkpoints: `python -m lablib.training.checkpoints tiny-1m tiny-4m`.
+"""Train our own small checkpoints: `python -m lablib.training.checkpoints tiny-1m tiny-2m`.
 
 Each is trained on the set-up corpora, with documents held out from every one of them, and
 written to data/models/NAME: bfloat16 weights, config, tokenizer and training.json, which tells
@@ -51,6 +51,7 @@ def _config(dim: int, n_layers: int, ffn_dim: int) -> GPTConfig:
 
 RECIPES = {
     "tiny-1m": Recipe(_config(128, 3, 352), steps=2400, batch_size=8, lr=4e-3),
+    "tiny-2m": Recipe(_config(128, 8, 352), steps=3000, batch_size=8, lr=4e-3),
     "tiny-4m": Recipe(_config(256, 4, 688), steps=4000, batch_size=8, lr=3e-3),
 }
 Texts = Mapping[str, list]

@@ -3,12 +3,14 @@ import importlib
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from lablib.compression import cherry, dress
+from lablib.compression import cherry, dress, flexigpt, layerdrop
 from lablib.compression import compression_survey as cs
 from lablib.compression.calibration import token_losses
 from lablib.compression.quantize import QuantizedLinear
+from lablib.compression.recover import recover
 from lablib.compression.structures import everything, parameters_of, sliced
 from lablib.evidence.studies import Study
 from lablib.exercises import compression_survey as exercises
@@ -53,7 +55,7 @@ def test_every_row_of_the_study_but_compositions_has_one_leaf():
     leaves = {leaf.name: leaf for leaf in cs.TAXONOMY}
     rows = [row for leaf in study.ROWS.values() for row in leaf]
     assert set(study.ROWS) <= set(leaves) and all(leaves[name].where for name in study.ROWS)
-    judged = {(run["recipe"], run["learn"]) for run in study.POINTS}
+    judged = {(run["recipe"], run["learn"]) for run in study.judged(study.POINTS)}
     assert len(set(rows)) == len(rows) and set(rows) <= judged
     assert all("then" in recipe for recipe, _ in judged - set(rows))
     assert {learn for _, learn in judged} == set(study.LEARNED)
@@ -220,6 +222,58 @@ def test_a_narrow_model_has_the_share_it_should(keep, blocks, rows):
     assert (small.n_parameters(False)) / whole == pytest.approx(keep, abs=0.03)
 
 
+def test_what_is_shed_was_missed_in_training(rows):
+    plan = {"blocks": 1, "steps": 4, "rate": 1e-2, "batch": 2}
+    small = cs.compress(small_model(), [("shed", plan)], rows)
+    assert type(small.blocks) is nn.ModuleList and len(small.blocks) == 1
+    by_hand = layerdrop.layerdrop_(small_model(), 1 - 1 / 3)
+    recover(by_hand, rows, 4, 1e-2, batch=2, seed=None)
+    torch.testing.assert_close(weights(small), weights(layerdrop.pruned(by_hand, [0])))
+
+
+def test_shared_blocks_store_as_much_as_they_may(rows):
+    model = small_model()
+    small = cs.compress(model, [("shared", {"blocks": 2, "keep": 0.8})], rows)
+    assert len(small.blocks) == 3 and len(flexigpt.shared_places(small)) == 1
+    bits = cs.bits_a_weight(small, model)
+    rank = next(m.b.shape[0] for m in small.modules() if isinstance(m, flexigpt.SharedLinear))
+    more = {"blocks": 2, "keep": 0.8 + 0.06}
+    wider = cs.bits_a_weight(cs.compress(model, [("shared", more)], rows), model)
+    assert rank > 1 and 16 * 0.8 - 0.9 < bits < 16 * 0.8 + 0.5 < wider  # gains are besides
+
+
+def test_of_shared_blocks_only_their_own_trains(rows):
+    plan = [("shared", {"blocks": 2, "keep": 0.8})]
+    raw = cs.compress(small_model(), plan, rows)
+    small = cs.compress(small_model(), [*plan, ("tune", {"steps": 2, "rate": 1e-2})], rows)
+    learns = set(flexigpt.learning(small))
+    moved = {
+        name
+        for (name, p), q in zip(small.named_parameters(), raw.parameters(), strict=True)
+        if not torch.equal(p, q)
+    }
+    assert moved and moved <= learns
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.6])
+def test_a_searched_model_is_small_enough_and_the_best_looked_at(keep, rows):
+    model = small_model()
+    plan = {"keep": keep, "steps": 2, "rate": 1e-3, "batch": 2, "tries": 40}
+    small = cs.compress(model, [("search", plan)], rows)
+    whole = parameters_of(model, everything(model)) - model.embedding.weight.numel()
+    share = small.n_parameters(False) / whole
+    assert share <= keep + 0.02
+    few = cs.compress(model, [("search", plan | {"tries": 13})], rows)
+    losses = [token_losses(one, rows[:24]).mean() for one in (small, few)]
+    assert losses[0] <= losses[1]
+
+
+def test_a_search_says_that_nothing_is_small_enough(rows):
+    plan = {"keep": 0.05, "steps": 1, "rate": 1e-3}
+    with pytest.raises(ValueError, match=r"more than 0.05 of the parameters"):
+        cs.compress(small_model(), [("search", plan)], rows)
+
+
 # Distillation.
 
 
@@ -310,6 +364,7 @@ PLANS = {
     "2:4, moved": [("2:4, moved", {})],
     "cherries": [("cherries", {"bits": 3})],
     "narrow": [("narrow", {"keep": 0.5})],
+    "shared": [("shared", {"blocks": 1, "keep": 0.6})],
     "narrow, 4 bits": [("narrow", {"keep": 0.5}), ("round", {"bits": 4})],
     "sparse, 4 bits": [("sparse", {"keep": 0.5}), ("round", {"bits": 4})],
 }
@@ -359,7 +414,8 @@ def test_a_stored_model_can_be_read_back(rows):
 def test_a_deployed_model_computes_the_same(rows):
     cherries = [("cherries", {"bits": 3})]
     both = [("sparse", {"keep": 0.5}), ("round", {"bits": 4})]
-    for plan in ([("round", {"bits": 4})], both, cherries):
+    shared = [("shared", {"blocks": 2, "keep": 0.8})]
+    for plan in ([("round", {"bits": 4})], both, cherries, shared):
         model = cs.compress(small_model(), plan, rows)
         ready = cs.deployed(model)
         expected = model(rows[:, :-1])

@@ -327,6 +327,27 @@ def test_references_agree_with_lablib():
     assert exercises.bits.reference(3, math.log(4)) == pytest.approx((96, 2))
 
 
+def test_the_reference_map_minimizes_squares_and_finds_a_map_that_there_is():
+    torch.manual_seed(0)
+    vectors, weights, new = torch.randn(40, 6), torch.randn(6, 3), torch.randn(5, 6)
+    reference = exercises.to_z.reference
+    exact = reference(vectors, vectors @ weights + 3, new, 1e-6)
+    torch.testing.assert_close(exact, new @ weights + 3, atol=1e-4, rtol=1e-4)
+    vectors, z = vectors.double(), torch.randn(40, 3, dtype=torch.float64)
+    w, b = (torch.zeros(n, 3, dtype=torch.float64, requires_grad=True) for n in (6, 1))
+    search = torch.optim.LBFGS([w, b], max_iter=200, line_search_fn="strong_wolfe")
+
+    def squares():
+        search.zero_grad()
+        total = (z - vectors @ w - b).square().sum() + 0.7 * w.square().sum()
+        total.backward()
+        return total
+
+    search.step(squares)
+    own = reference(vectors, z, new.double(), 0.7)
+    torch.testing.assert_close(own, (new.double() @ w + b).detach(), atol=1e-5, rtol=1e-5)
+
+
 WRONG = {
     "longest_prefix": [
         lambda said, wanted: sum(a == b for a, b in zip(said, wanted)),
@@ -340,6 +361,19 @@ WRONG = {
     "bits": [
         lambda dim, nats: (4 * dim, nats / math.log(2)),
         lambda dim, nats: (32 * dim, nats * math.log(2)),
+    ],
+    "to_z": [
+        lambda v, z, new, strength: z.mean(0).expand(len(new), -1).clone(),
+        lambda v, z, new, strength: exercises._to_z(v, z, new, strength) - z.mean(0),
+        lambda v, z, new, strength: exercises._to_z(v, z, new, len(v) * strength),
+        lambda v, z, new, strength: exercises._to_z(v, z, new, strength**2),
+        lambda v, z, new, strength: exercises._to_z(v, z, new - new.mean(0) + v.mean(0), strength),
+        lambda v, z, new, strength: z[torch.cdist(new, v).argmin(1)],
+        lambda v, z, new, strength: (
+            z.mean(0) + (new - v.mean(0)) @ torch.linalg.pinv(v - v.mean(0)) @ (z - z.mean(0))
+        ),
+        exercises._without_constant,
+        exercises._with_ones,
     ],
 }
 
