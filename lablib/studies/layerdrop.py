@@ -6,10 +6,9 @@ the plays to train on, other weights, another order and other draws.
 
 Ordinary dropout and the learning rate were tuned for the usual model, LayerDrop's and the half-deep
 one: five values of one and three of the other each, on a second seed the two larger rates. The best
-of each kind is judged:
-the usual model has another dropout where it is pruned than where it is whole, since more of it
-makes pruning cheaper; LayerDrop's best is none for both. The usual model without dropout and a
-LayerDrop of rate 0.5 stand beside them.
+of each kind is judged: the usual model has another dropout where it is pruned than where it is
+whole, since more of it makes pruning cheaper; LayerDrop's best is none for both. The usual model
+without dropout and a LayerDrop of rate 0.5 stand beside them.
 
 Two more comparisons came later, and no claim is judged on them. LayerDrop for as many more steps as
 its blocks left out, so that each learned as often as the usual model's. And text that is read once,
