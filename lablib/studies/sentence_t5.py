@@ -14,17 +14,15 @@ run: Germanic and Romance, like English Indo-European and full of Latin words, o
 both in Latin script. In a third group are other scripts.
 
 Rates were tuned on one other seed, by what was found, in trainings two thirds as long; four tries
-each, and one more for English alone, where the best had been at the edge. A first tuning was made
-again, and nothing was judged from it: some names to be judged were messages, too, and had been
-trained on. The larger the encoder, the lower its best rate.
+each, and one more for English alone, where the best had been at the edge. The largest encoder's
+best rate is the lowest of those across languages.
 
-Smaller than the specification has it, for time: encoders of a quarter of the size, half the steps,
-one pair of regimes, of the middle size, 18 languages. At full size, 1.6 million numbers and 300
-steps, five seeds and their tuning are some twenty minutes of a core; the lab makes such a run, of
-ten times the steps, on a GPU. All sentences but the forty held out train,
-and those forty are looked for among all of them. Sentences are few, some fifty to learn from, so
-that all encoders stay below a program that counts letters; names are found in scripts that are like
-English.
+The same study was judged before on encoders of a quarter of these numbers, half the steps and other
+seeds; its verdicts were known when sizes, steps and seeds of this one were fixed, as the
+specification has them, and those runs are not kept. Of the specification's 97 languages 18 have
+enough sentences in common; the regimes are compared at the middle size alone. All sentences but the
+forty held out train, not 60 % of them, and those forty are looked for among all. Sentences are few,
+some fifty to learn from; names are found in scripts that are like English.
 """
 
 from __future__ import annotations
@@ -57,8 +55,8 @@ GROUPS = {
     "other": ("ru", "el", "he", "ar", "ko", "zh_Hans"),
 }
 LANGUAGES = tuple(code for codes in GROUPS.values() for code in codes)
-DIMS = (32, 64, 128)
-STEPS = 150
+DIMS = (64, 128, 256)
+STEPS = 300
 MESSAGES, NAMES = 16, 16  # of a step
 WORDS = 4  # a message of so many is a sentence
 HELD_OUT = {"messages": 40, "names": 100}
@@ -246,17 +244,20 @@ def averaged(told: dict, languages: Sequence[str]) -> dict:
 
 SMALL, MIDDLE, LARGE = DIMS
 KINDS = (*(("across", dim) for dim in DIMS), ("english", MIDDLE))
-TRIES = (6e-4, 1.5e-3, 4e-3, 1e-2)
-RATES = dict(zip(KINDS, (4e-3, 1.5e-3, 1.5e-3, 4e-3), strict=True))  # the best of TUNING
-SEEDS = range(5)
+TRIES = (2.5e-4, 6e-4, 1.5e-3, 4e-3, 1e-2)
+TRIED = dict(zip(KINDS, (TRIES[1:], TRIES[:-1], TRIES[:-1], TRIES), strict=True))
+RATES = dict(zip(KINDS, (1.5e-3, 1.5e-3, 6e-4, 6e-4), strict=True))  # the best of TUNING
+SEEDS = range(10, 15)
 
 TUNING = [
-    {"dim": dim, "regime": regime, "seed": 100, "rate": rate, "steps": 100}
-    for regime, dim in KINDS
-    for rate in (*TRIES, *([2.5e-4] if regime == "english" else []))
+    {"dim": dim, "regime": regime, "seed": 100, "rate": rate, "steps": 200}
+    for (regime, dim), rates in TRIED.items()
+    for rate in rates
 ]
 POINTS = [{"regime": "all", "seed": seed} for seed in SEEDS]
-POINTS += [{"regime": "across", "seed": 0, "dim": SMALL}]  # a short one, to be repeated
+POINTS += [{"regime": "across", "seed": SEEDS[0], "dim": SMALL}]  # alone, as among all
+# A short one, to be repeated.
+POINTS += [{"regime": "english", "seed": SEEDS[0], "dim": 32, "rate": 1.5e-3, "steps": 60}]
 CANARY = {"dim": 32, "regime": "across", "seed": 100, "rate": 1e-3, "steps": 3}
 CANARY |= {"languages": ["fr", "ru"], "judged": False}
 

@@ -180,10 +180,23 @@ def test_one_token_in_bfloat16_takes_torchs_own_product_with_4_bits():
     assert isinstance(one_token.turn(*odd, 4, 64, 32, torch.bfloat16), one_token.Turned)
 
 
-def test_a_layout_for_bfloat16_is_not_read_in_another_dtype(close):
-    x, *weight = _inputs(4, 1, 64, 48, 32)
-    turned = one_token.turn(*weight, 4, 64, 32, torch.bfloat16)
-    close(dequant_matmul(x, *weight, 4, 32, turned), naive.dequant_matmul(x, *weight, 4, 32))
+@pytest.mark.skipif(not one_token.BUILT, reason="PyTorch without FBGEMM")
+def test_one_token_in_bfloat16_takes_torchs_own_product_with_8_bits_and_a_scale_a_row():
+    for group, kind in ((64, one_token.Int8), (32, one_token.Turned)):
+        _, *weight = _inputs(8, 1, 64, 33, group)
+        turned = one_token.turn(*weight, 8, 64, group, torch.bfloat16)
+        assert type(turned) is kind
+    _, *weight = _inputs(8, 1, 64, 33, 64)
+    assert type(one_token.turn(*weight, 8, 64, 64)) is one_token.Turned
+
+
+@pytest.mark.skipif(not one_token.BUILT, reason="PyTorch without FBGEMM")
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 64)])
+def test_a_layout_for_bfloat16_is_not_read_in_another_dtype(bits, group, close):
+    x, *weight = _inputs(bits, 1, 64, 48, group)
+    turned = one_token.turn(*weight, bits, 64, group, torch.bfloat16)
+    expected = naive.dequant_matmul(x, *weight, bits, group)
+    close(dequant_matmul(x, *weight, bits, group, turned), expected)
 
 
 def test_codes_that_are_laid_out_again_take_as_many_bytes():
