@@ -41,14 +41,14 @@ def with_demonstrations(shown: Pairs, prompt: Prompt = IN_ONE_WORD) -> Prompt:
     return Prompt("".join(solved) + prompt.before, prompt.after)
 
 
-def last_states(found: Tensor, mask: Tensor) -> Tensor:
-    """The state of each text's last token: found (n, length, dim), mask (n, length) -> (n, dim).
+def last_states(h: Tensor, mask: Tensor) -> Tensor:
+    """The state of each text's last token: h (n, length, dim), mask (n, length) -> (n, dim).
 
     Wherever the padding is.
     """
     place = torch.arange(mask.shape[1], device=mask.device)
     last = (mask * place).argmax(1)  # (n,): T of each text
-    return found[torch.arange(len(found), device=mask.device), last]  # h_T
+    return h[torch.arange(len(h), device=mask.device), last]  # h_T
 
 
 def embed(encoder: Encoder, sentences: Sequence[str], shown: Pairs = ()) -> Tensor:

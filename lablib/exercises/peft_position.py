@@ -29,7 +29,7 @@ step_flops = Exercise(
     reference=_step_flops,
     test=_test_step_flops,
     question="If LoRA saves a third of the operations, and time by less, what does it save most?",
-    hint="Count matrix products: Y = X W, then dX = dY W^T, then dW = X^T dY.",
+    hint="Count matrix products: Y = X W^T, then dX = dY W, then dW = dY^T X.",
     minutes=6,
     difficulty="easy",
 )

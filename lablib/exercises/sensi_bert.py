@@ -29,7 +29,7 @@ def _test_sensitivity(candidate) -> None:
             (gw.sum(0).unflatten(0, (-1, width)).sum(1), "its size, without the sign"),
         ]  # fmt: skip
         if width > 1:
-            known.append((gw.sum(0).abs(), f"{width} neighbouring columns belong to one unit"))
+            known.append((gw.sum(0).abs(), f"{width} neighboring columns belong to one unit"))
         hint = "torch.autograd.grad gives g; add g w over rows and over a unit's columns"
         expect(
             candidate(loss(), weight, width), _sensitivity(loss(), weight, width), hint, known=known

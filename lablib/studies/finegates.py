@@ -7,7 +7,9 @@ start, the gates and the order of batches; all seeds are judged on the same unse
 Gates are `fine`. Rivals of the same shape take, seed by seed and matrix by matrix, as many rows
 and columns as the gates of `low` left open: `magnitude` those with the largest norms, `random` any,
 `chosen` the very ones that the gates left, without their scaling; then only a head is trained, on
-features computed once. `head` is the untouched encoder below a trained head.
+features computed once. `head` is the untouched encoder below a trained head, `bare` the same head
+on what block four gives, with no upper block at all: it was added when the others were known, and
+comes so near to the gates that this task asks little of the upper blocks.
 
 Every way has two rates: one of the head, one of what is in the blocks (gates, LoRA's matrices or
 the weights themselves). Gates and LoRA had seven pairs of rates each on a tuning seed, so had gates
@@ -62,8 +64,8 @@ TASK, LENGTH, BELOW = "movies", 32, 4  # tokens a sentence at most; blocks that 
 STEPS, BATCH, TEST = 100, 16, 800
 RANK, ALPHA, LORA_ROLES = 8, 16, ("query", "value")
 SMALLER = ("chosen", "magnitude", "random")  # ways that take the shapes that gates left
-HEADS = (*SMALLER, "head")  # ways that train a head alone
 GATED = {"fine": fg.penalty, "weighed": fg.weighed_penalty}  # ways with gates
+UPPER = (*GATED, "lora", "full")  # ways that train in the upper blocks; others train a head alone
 
 KINDS = {  # way, sentences to learn from, share of gates that the penalty wants closed
     "low": ("fine", 1000, 0.2),
@@ -77,6 +79,7 @@ KINDS = {  # way, sentences to learn from, share of gates that the penalty wants
     "few": ("fine", 100, 0.2),
     "full": ("full", 100, 0.0),
     "few-head": ("head", 100, 0.0),
+    "bare": ("bare", 1000, 0.0),
 }
 
 
@@ -113,13 +116,13 @@ def one(
     way: str, seed: int, n: int, target: float, rates: tuple, steps: int, unseen: tuple
 ) -> dict:
     """All that is told of one classifier but what it is judged by."""
-    if way in HEADS:
+    if way in UPPER:
+        classifier, losses = trained(way, seed, n, target, rates, steps)
+    else:
         model = smaller(way, seed, n, target, steps)
         torch.manual_seed(seed)
         classifier = Classifier(model, 2)
         losses = train_head(classifier, lesson(seed, n), steps, rates[1], seed)
-    else:
-        classifier, losses = trained(way, seed, n, target, rates, steps)
     told = told_of(classifier, unseen) | {"train": round(sum(losses[-20:]) / len(losses[-20:]), 4)}
     if way in GATED:
         told |= of_gates(classifier, unseen)
@@ -175,9 +178,12 @@ def lengthened(parts: Iterable[Tensor], times: float) -> Callable[[int, float], 
 
 
 def smaller(way: str, seed: int, n: int, target: float, steps: int) -> nn.Module:
-    """The upper blocks in the shapes that this seed's gates left, or whole ones."""
-    if way == "head":
-        return upper()
+    """The upper blocks in the shapes that this seed's gates left, or whole ones, or none."""
+    if way in ("head", "bare"):
+        model = upper()
+        if way == "bare":
+            del anatomy.blocks(model)[:]
+        return model
     model = copy.deepcopy(trained("fine", seed, n, target, rates_of("low"), steps)[0].model)
     torch.manual_seed(seed)
     if way == "chosen":
@@ -406,8 +412,10 @@ RATES = {  # of what is in the blocks, and of the head; heads alone have one rat
     ),
     "few-head": ((0.0, 0.003), (0.0, 0.01)),
     "weighed": ((0.1, 0.03),),
+    "bare": ((0.0, 0.01), (0.0, 0.003), (0.0, 0.03), (0.0, 0.001), (0.0, 0.1)),
 }
 TUNED = {"weighed": 0, "low": 4, "lora": 0, "head": 0, "few": 2, "full": 5, "few-head": 0}
+TUNED |= {"bare": 0}
 LIKE = {"high": "low"} | dict.fromkeys(SMALLER, "head")  # share their rates
 
 
@@ -419,13 +427,14 @@ def rates_of(kind: str, level: int | None = None) -> tuple[float, float]:
 
 SEEDS = range(10, 15)
 PARTS = ("low lora high magnitude random chosen head", "few full few-head")
-POINTS = [{"kind": part, "seed": seed} for seed in SEEDS for part in (*PARTS, "weighed")]
+POINTS = [{"kind": part, "seed": seed} for seed in SEEDS for part in (*PARTS, "weighed", "bare")]
 TUNING = [
     {"kind": kind, "seed": 100, "level": level, "split": "validation", "test": 600}
     for levels, kinds in (
         (range(5), ("low", "lora", "head", "few", "full")),
         ((5, 6), ("low lora",)),
         ((5, 6), ("few full",)),
+        (range(5), ("bare",)),
     )
     for kind in kinds
     for level in levels

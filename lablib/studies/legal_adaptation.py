@@ -12,9 +12,10 @@ steps. On one tuning seed each reading had three rates, tried by hand, by the lo
 licences; then each way had four rates on the validation splits. Accuracies differ less between
 neighboring rates than between draws of labels, so the two ways that train a prefix share a rate, as
 do those that train all weights, and those that train the last layer alone: that with the best mean
-accuracy over both ways, the three legal tasks, and two counts of labels. A lower rate would have
-served the losses of all of them better, and left the order of the ways nearly the same. Neither the
-number of steps nor the length of the prefix was tuned.
+accuracy over both ways, the three legal tasks, and two counts of labels. Alone, the prefix from
+scratch did best at the largest rate, the edge of its grid, so it is not judged at its own best. A
+lower rate would have served the losses of all of them better, and left the order of the ways nearly
+the same. Neither the number of steps nor the length of the prefix was tuned.
 
 Tried on the tuning seed and left: the last token's state in place of the mean, with which no way
 did much better than chance with few labels; texts of twice the length, better for all ways and

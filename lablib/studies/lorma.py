@@ -8,11 +8,11 @@ attention, because these are square, so that LoRA and a multiplier have as many 
 draw of rows. Ranks are 4; alpha is the rank, as in the paper's scripts.
 
 On one other seed, rates were tuned for LoRA and all multipliers alike, by the loss on what was
-held out: four tries on movies, three on docs. There LoRA's best was at the edge; a larger rate,
-tried for LoRA and the rotated form, broke both. The plain form takes the rotated one's rate, as in
-the paper's ablation, where nothing but the inflation differs; where it starts near the weight, it
-has a rate of its own. Without an adapter, the new layer takes LoRA's rate. "slow" has one small
-rate for both.
+held out: four tries on movies, three on docs. There LoRA's best is at the edge; a larger rate
+was tried in a pilot only, whose runs are not stored, and broke both. The plain form takes the
+rotated one's rate, as in the paper's ablation, where nothing but the inflation differs; where it
+starts near the weight, it has a rate of its own. Without an adapter, the new layer takes LoRA's
+rate. "slow" has one small rate for both.
 
 Smaller than the specification has it, for time: one rank but for one run, a hundred steps, few
 seeds, tuned on one. On the tuning seed, queries and values of two blocks mattered little for

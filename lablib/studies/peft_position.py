@@ -13,10 +13,17 @@ A seed is a draw of rows or sentences, and the start of what trains.
 
 On one other seed, rates were tuned: of "order" by the loss right after learning, four tries for
 LoRA and for full tuning, the best of both inside; of "small" by the loss of all three bases, three
-tries; of "clients" by accuracy, four tries, for averaged adapters and for who stays alone, each of
-which is judged at its own best.
+tries; of "clients" by accuracy, four tries, for averaged adapters and for who stays alone. That
+seed had owners who stay alone do best at a larger rate than the average; both rates were run, and
+in all judged runs the average's own is better for them, too. First they were judged at the larger
+one. Since that was known they are judged at the better of both, chosen on the judged runs
+themselves, which favors who stays alone; the verdict is the same, the effect smaller.
 "search" takes LoRA's rate of "order", for all ranks alike. Both grids of "rates" span two decades
-around the best of "order", a little lower, since its trainings have half the batch.
+around the best of "order", a little lower, since its trainings have half the batch. Full tuning's
+best rate on the Bible, which the base was trained on, is the lowest of its grid: the best is to
+train hardly at all. A best on the edge of a grid is not tuned, so the spread is that of the three
+other texts; with the Bible, as it was judged first, the difference was larger and had the same
+sign. That was known when this changed.
 
 Smaller than the specification has it, for time: a model of one million numbers in the place of
 four, forty steps, five seeds. It has no less than half of the weights pruned, because a third cost
@@ -312,7 +319,7 @@ TUNED = {
     "rates": (2e-2, 2e-3),
     "clients": (1e-2, None),
 }
-ALONE = 3e-2  # the rate of clients that stay alone
+ALONE = 3e-2  # another rate of clients that stay alone
 SEEDS = range(5)
 POINTS = [
     {"kind": kind, "seed": seed, "rate": rate, "full_rate": full_rate}
@@ -344,7 +351,7 @@ ROLES = {
     "search": against("found", "even", "random"),
     # Of these three, what is untrained is the baseline, or not stored.
     "better-than-base": against("nf4_lora", "nf4"),
-    "rates": against("spread_lora", "spread_full"),
+    "rates": against("best_lora", "best_full"),  # their spread over texts
     "clients": against("averaged", "alone"),
 }
 
@@ -353,17 +360,28 @@ def values(runs: list) -> dict:
     """What each claim is judged on: a pair a seed."""
     pairs = {id: pairs_of(runs, roles["method"], roles["baseline"]) for id, roles in ROLES.items()}
     pairs["clients"] = each_at_its_best(runs)
+    pairs["rates"] = [Pair(s, spread(ours), spread(theirs)) for s, ours, theirs in pairs["rates"]]
     both = pairs_of(runs, "nf4_lora", "base_lora")
     return pairs | {"quantized": [pair._replace(method=pair.method - MARGIN) for pair in both]}
 
 
 def each_at_its_best(runs: list) -> list[Pair]:
-    """A pair a seed: averaged adapters at their rate, clients that stay alone at theirs."""
-    together, alone = (
-        {run["seed"]: run[way] for run in runs if run["kind"] == "clients" and run["rate"] == rate}
-        for way, rate in (("averaged", TUNED["clients"][0]), ("alone", ALONE))
+    """A pair a seed: averaged adapters at their rate, clients that stay alone at theirs.
+
+    The latter is the one of two rates that is better on average.
+    """
+    rate = TUNED["clients"][0]
+    ours, *tried = (
+        {run["seed"]: run[way] for run in runs if run["kind"] == "clients" and run["rate"] == at}
+        for way, at in (("averaged", rate), ("alone", rate), ("alone", ALONE))
     )
-    return [Pair(seed, together[seed], alone[seed]) for seed in together]
+    alone = max(tried, key=lambda told: np.mean(list(told.values())))
+    return [Pair(seed, ours[seed], alone[seed]) for seed in ours]
+
+
+def spread(best: list[float]) -> float:
+    """Standard deviation over the texts that the base has not read, all but the first."""
+    return float(np.std(best[1:], ddof=1))
 
 
 def pairs_of(runs: list, method: str, baseline: str) -> list[Pair]:

@@ -9,13 +9,15 @@ pooling at every layer. What the paper itself does, the final layer, is kept bes
 twenty demonstrations was chosen on another validation draw, together with its layer.
 
 The contrastive part trains low-rank changes of tiny-4m, at the rank, the factor and the dropout of
-the authors' script, on pairs of verses instead of their NLI triples; rates were tuned on one other
-seed, as many for the prompted last token as for the last token alone.
+the authors' script, on pairs of verses instead of their NLI triples; rates were tuned on two other
+seeds, as many for the prompted last token as for the last token alone.
 
-Smaller than the specification has it, for time: verses of at most eighteen words, forty to a draw,
-sixty pairs of words of WordSim and as many of SimLex, fewer steps, one pass over Lee's newspaper
-texts without draws. For words no layer was chosen: the final one is compared, of the prompt and of
-each way without it.
+Verses have at most eighteen words. WordSim and SimLex stand whole beside their draws, and Lee's
+newspaper texts have one pass without draws. For words no layer was chosen: the final one is
+compared, of the prompt and of each way without it. Draws of forty verses, part of these, were
+judged before, and trainings of half the steps. Of trainings, five seeds, 5 to 9, were too few to
+tell +0.09 of the verses from nothing: with that known, and nothing else changed, twelve others were
+declared, and they alone are judged.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ from lablib.evidence import Pair, grid, matching, paired
 from lablib.models.weights import pretrained
 
 MODEL, TRAINED = "smollm2-135m-instruct", "tiny-4m"
-PAIRS = {"sts-b": 60, "verses": 40, "words": 60}  # of a draw
+PAIRS = {"sts-b": 60, "verses": 60, "words": 60}  # of a draw
 WORDS = 18  # of a verse, at most
-STEPS, BATCH = 30, 16
+STEPS, BATCH = 60, 16
 JUDGED = 200  # verse pairs that a trained model is judged on
 PLAIN = POOLINGS[:4]  # the first token alone has seen nothing of the text
 
@@ -265,21 +267,25 @@ TUNED = {  # of each task: kind, pooling and layer of the highest mean over the 
     },
 }
 BEST = 13  # the demonstration of the search's highest correlation
-RATES = (5e-4, 2e-3, 8e-3, 3e-2)
+RATES = (5e-4, 2e-3, 4e-3, 8e-3, 3e-2)
 SEARCH = 102
 
-SEEDS = range(5)
+SEEDS, FRESH = range(5), range(10, 22)
+LEARNED = {"task": "train", "model": TRAINED, "steps": STEPS}
 POINTS = [
     *grid(task="texts", seed=SEEDS, tuned=True, demonstration=BEST),
     {"task": "news"},
     *grid(task="simlex", seed=SEEDS),
-    *grid(task="train", seed=SEEDS, model=TRAINED, prompted=(True, False), rate=8e-3),
+    {"task": "words", "pairs": 353},
+    {"task": "simlex", "pairs": 999},
+    *grid(**LEARNED, seed=FRESH, prompted=True, rate=8e-3),
+    *grid(**LEARNED, seed=FRESH, prompted=False, rate=4e-3),
 ]
 TUNING = [
     *grid(task=("sts-b", "verses"), seed=(100, 101)),
     {"task": "sts-b", "seed": SEARCH, "pairs": 32},
     *grid(task="search", seed=SEARCH, pairs=32, demonstration=range(0, 20, 5), demonstrations=5),
-    *grid(task="train", seed=100, model=TRAINED, prompted=(True, False), rate=RATES),
+    *grid(**LEARNED, seed=(100, 101), prompted=(True, False), rate=RATES),
 ]
 CANARY = {"task": "all", "seed": 200, "model": "tiny-1m", "pairs": 3, "steps": 2}
 

@@ -239,11 +239,24 @@ def test_minilm_is_cut_and_tuned_at_each_depths_own_rate(monkeypatch):
         study.run("minilm", 100, rates=[1e-3])
 
 
-def test_minilms_rates_are_the_best_of_the_tuning_seed():
-    (tries,) = matching(Study(paper("l3prune")).runs("TUNING"), kept="minilm, tries")
+def test_rates_are_the_best_of_both_tuning_seeds_and_on_no_edge():
+    runs = matching(Study(paper("l3prune")).runs("TUNING"), kept="all")
+    assert {run["seed"] for run in runs} == {100, 101}
+    for name, rate in study.TUNED.items():
+        right = dict.fromkeys(study.GRID, 0.0)
+        for run in runs:
+            right[study.GRID[run["attempt"]]] += run[f"{name} trained"]
+        assert max(right, key=right.get) == rate == sorted(right)[1], name
+
+
+def test_minilms_rates_are_the_best_of_the_tuning_seed_and_on_no_edge():
+    tries = matching(Study(paper("l3prune")).runs("TUNING"), kept="minilm, tries")
+    rates = [rate for run in tries for rate in run["rates"]]
+    assert sorted(rates) == [*study.MINI_GRID]
     for n, rate in zip(study.CUTS, study.MINI_RATES, strict=True):
-        right = tries[f"{n} trained"]
-        assert study.MINI_GRID[right.index(max(right))] == rate
+        right = [share for run in tries for share in run[f"{n} trained"]]
+        assert rates[right.index(max(right))] == rate
+        assert min(rates) < rate < max(rates)
 
 
 def test_judged_headings_are_none_that_minilm_learned():
