@@ -322,23 +322,17 @@ def shared(model, rows, blocks: int, keep: float, gain: float = 2.0) -> nn.Modul
     keep: of the parameters of the blocks' projections, thin matrices counted, which get the rank
         that this allows, at least 1. gain: of the others' outputs, at the start.
     """
-    gone = len(anatomy.blocks(model)) - blocks
-    layers = anatomy.projections(model).values()
-    weights, ends = (sum(of(layer) for layer in layers) for of in (_weights, _ends))
-    room = keep * weights - weights * blocks / (blocks + gone)  # for the thin ones
-    rank = max(1, int(room / (ends * gone / (blocks + gone))))
-    scores = flexigpt.block_influence(model, rows[:16])
-    chosen = flexigpt.bases(flexigpt.distances(model, rank), flexigpt.least(scores, gone))
-    return flexigpt.share_(model, chosen, rank, gain)
+    share = 1 - blocks / len(anatomy.blocks(model))  # of the blocks that goes
+    weights = n_projected(model)
+    ends = sum(sum(layer.weight.shape) for layer in anatomy.projections(model).values())
+    room = keep * weights - weights * (1 - share)  # for the thin ones, of which a rank has `ends`
+    flexigpt.prune_(model, rows[:16], share, max(1, int(room / (ends * share))), gain)
+    return model
 
 
-def _weights(layer: nn.Module) -> int:
-    return layer.weight.numel()
-
-
-def _ends(layer: nn.Module) -> int:
-    """What a rank of thin matrices has in it."""
-    return sum(layer.weight.shape)
+def n_projected(model: nn.Module) -> int:
+    """Weights of the projections of all blocks."""
+    return sum(layer.weight.numel() for layer in anatomy.projections(model).values())
 
 
 def searched(model, rows, keep: float, steps: int, rate: float, distill: float = 0.5,
@@ -365,8 +359,7 @@ def searched(model, rows, keep: float, steps: int, rate: float, distill: float =
     )
     how = nas.sandwich_loss(space, random, distill=distill)
     recover(model, rows, steps, rate, batch=batch, seed=None, loss=how)
-    whole = sum(layer.weight.numel() for layer in anatomy.projections(model).values())
-    most = space.parameters(space.largest) - (1 - keep) * whole
+    most = space.parameters(space.largest) - (1 - keep) * n_projected(model)
 
     def judged(config: nas.Config) -> tuple[float, float]:
         count = space.parameters(config)
@@ -525,8 +518,7 @@ def stored_bytes(model: nn.Module, blocks_alone: bool = False) -> int:
 
 def bits_a_weight(small: nn.Module, whole: nn.Module) -> float:
     """What is stored of a compressed model's blocks, for each weight of the whole one's."""
-    weights = sum(layer.weight.numel() for layer in anatomy.projections(whole).values())
-    return 8 * stored_bytes(small, blocks_alone=True) / weights
+    return 8 * stored_bytes(small, blocks_alone=True) / n_projected(whole)
 
 
 def save(model: nn.Module, path: Path) -> int:
