@@ -249,6 +249,7 @@ def test_rates_are_the_best_of_the_tuning_runs_and_on_no_edge():
         assert rate == best
         tries = [run["rate"] for run in runs]
         assert min(tries) < best < max(tries) and len(tries) >= 4
+        assert sorted(tries) == [*study.TRIED[regime, dim]]
 
 
 def test_nothing_that_is_judged_was_trained_on():
