@@ -170,8 +170,8 @@ def published() -> list[dict[str, str]]:
 
 # Texts that nobody has labeled.
 
-N_TEXTS, WORDS = 240, 40
-N_CROPS, N_WRITTEN, N_RERANKED = 120, 96, 48
+N_TEXTS, WORDS, CROPS = 1000, 40, 2  # texts, words and crops of each
+N_WRITTEN, N_RERANKED = 400, 200
 CANDIDATES = 4  # of a list that is put in order again
 TOP = 10  # places of the teacher's ranking that are kept
 HARD = slice(3, TOP)  # from which a wrong text is drawn
@@ -192,7 +192,8 @@ def texts() -> tuple[str, ...]:
     ]
     random.Random(0).shuffle(speeches)
     sides = [[_cut(t) for t in side if len(t.split()) >= WORDS] for side in (sections, speeches)]
-    sides = [[text for text in side if len(sentences(text)) > 1][: N_TEXTS // 2] for side in sides]
+    sides = [dict.fromkeys(t for t in side if len(crops(t, CROPS)) == CROPS) for side in sides]
+    sides = [[*side][: N_TEXTS // 2] for side in sides]
     return tuple(text for pair in zip(*sides, strict=True) for text in pair)
 
 
@@ -206,9 +207,10 @@ def sentences(text: str) -> list[str]:
     return [part for part in parts if len(part.split()) >= 5]
 
 
-def crop(text: str) -> str:
-    """One of its sentences; the same one whenever it is asked for."""
-    return random.Random(text).choice(sentences(text))
+def crops(text: str, n: int = 1) -> list[str]:
+    """n of its sentences, or all that differ; the same ones whenever they are asked for."""
+    found = list(dict.fromkeys(sentences(text)))
+    return random.Random(text).sample(found, min(n, len(found)))
 
 
 # What the large models say of them.
@@ -267,7 +269,8 @@ def write_queries(
         chances = next_token_probabilities(logits, TEMPERATURE, None, TOP_P)
         new = torch.multinomial(chances, 1, generator=draw)  # (n, 1)
         rows.append(new)
-    return [tokenizer.decode(row).split("\n")[0].strip() for row in torch.cat(rows, 1)]
+    said = (tokenizer.decode(row, skip_special_tokens=True) for row in torch.cat(rows, 1))
+    return [text.split("\n")[0].strip() for text in said]
 
 
 def ids(tokenizer, text: str) -> list[int]:
@@ -297,19 +300,18 @@ class Label(NamedTuple):
 
 
 def ask(
-    n_crops: int = N_CROPS,
     n_written: int = N_WRITTEN,
     n_reranked: int = N_RERANKED,
     batch: int = 24,
     writer: str = "smollm2-135m-instruct",
 ) -> list[Label]:
-    """All labels, from the large models themselves: about two minutes of one core.
+    """All labels, from the large models themselves: about ten minutes of one core.
 
-    Queries are written for the first texts, and sentences cropped from the last ones.
+    CROPS sentences of each text are cropped; the first texts have a query written, too.
     """
     known = texts()
     model, tokenizer = pretrained(writer)
-    rows = [("crop", place, crop(known[place])) for place in range(N_TEXTS - n_crops, N_TEXTS)]
+    rows = [("crop", at, query) for at, text in enumerate(known) for query in crops(text, CROPS)]
     for start in range(0, n_written + n_reranked, batch):
         places = range(start, min(start + batch, n_written + n_reranked))
         made = write_queries(model, tokenizer, [known[place] for place in places], seed=start)
@@ -341,19 +343,28 @@ def labels_path() -> Path:
 def labels() -> tuple[Label, ...]:
     """Those stored."""
     with labels_path().open(encoding="utf-8", newline="") as file:
-        return tuple(
-            Label(row["source"], int(row["text"]), row["query"], _places(row["ranked"]))
-            for row in csv.DictReader(file)
-        )
-
-
-def _places(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split()))
+        rows = list(csv.DictReader(file))
+    found = []
+    for row in rows:
+        source, place, query = row["source"], int(row["text"]), row["query"]
+        if source == "crop":
+            query = crops(texts()[place], CROPS)[int(query)]
+        found.append(Label(source, place, query, tuple(map(int, row["ranked"].split()))))
+    return tuple(found)
 
 
 def plain(labels: Sequence[Label]) -> list[list]:
-    """Rows as they are stored: places as text."""
-    return [[*label[:3], " ".join(map(str, label.ranked))] for label in labels]
+    """Rows as they are stored: places as text, and of a crop, which of its text's crops it is."""
+    return [
+        [label.source, label.text, _short(label), " ".join(map(str, label.ranked))]
+        for label in labels
+    ]
+
+
+def _short(label: Label) -> str:
+    if label.source != "crop":
+        return label.query
+    return str(crops(texts()[label.text], CROPS).index(label.query))
 
 
 def kept(label: Label, first: int = 3) -> bool:

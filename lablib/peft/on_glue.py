@@ -4,16 +4,62 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lablib.data.glue import load_glue
+from lablib.data.packages import DataError
 from lablib.data.tasks import Example, Splits
 from lablib.models.classifier import Classifier, Encoded, encode, encoder, predicted
 from lablib.models.scores import scored
+from lablib.peft.catalogue import put_
 from lablib.peft.tuning import backbone_above, tune
 
-Way = tuple[Callable[[nn.Module], None] | None, float]
+if TYPE_CHECKING:
+    from lablib.lab import Lab
+
+TASKS = ("sst2", "mrpc", "stsb", "mnli")
+
+
+class Way(NamedTuple):
+    """A way to tune: what it puts into an encoder, and at which rate all of that trains.
+
+    put: None to tune all blocks. penalty: of the encoder, added to the loss of every step.
+    first: done with a classifier, the texts and the labels that it will learn from, before.
+    last: done with the encoder after learning, before it is judged.
+    """
+
+    put: Callable[[nn.Module], None] | None
+    rate: float
+    penalty: Callable[[nn.Module], Tensor] | None = None
+    first: Callable[[Classifier, Encoded, Tensor], None] | None = None
+    last: Callable[[nn.Module], object] | None = None
+
+
+def named(*names: str, rate: float = 5e-4) -> dict[str, Way]:
+    """Ways that put methods of the catalogue in, by their names there; and all blocks tuned."""
+    ways = {name: Way(partial(put_, name=name), rate) for name in names}
+    return ways | {"all blocks": Way(None, 2e-5)}
+
+
+def say_points(lab: Lab, ways: Mapping[str, Way], steps: int = 150, length: int = 64) -> None:
+    """At the gpu tier, a line a task of GLUE with what `points_on` gives; else, that it needs one.
+
+    It is also said if the hub can't be reached.
+    """
+    if lab.tier != "gpu":
+        return lab.say("That takes a GPU, so nothing was tuned here.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for task in TASKS:
+        try:
+            splits = load_glue(task, train=16 * steps)
+        except DataError as error:
+            return lab.say(str(error))
+        found = points_on(splits, ways, steps=steps, length=length, device=device)
+        lab.say(f"{task}: " + ", ".join(f"{way} {points:.1f}" for way, points in found.items()))
 
 
 def points_on(
@@ -28,7 +74,6 @@ def points_on(
 ) -> dict[str, float]:
     """Way -> % of the test split right; 100 times Spearman's correlation where labels are floats.
 
-    ways: name -> what puts its modules into an encoder, or None to tune all blocks; and a rate.
     name: of the encoder. Every way starts from the same weights, and sees the same batches.
     """
     model, tokenizer = encoder(name)
@@ -38,17 +83,28 @@ def points_on(
     if floats:
         labels = (labels - labels.mean()) / labels.std()  # ranks stay
     n_labels, points = 1 if floats else int(labels.max()) + 1, {}
-    for way, (put, rate) in ways.items():
+    for label, way in ways.items():
         torch.manual_seed(seed)
         classifier = Classifier(copy.deepcopy(model), n_labels)
-        if put is not None:
-            put(classifier.model)
-        names = backbone_above(classifier) if put is None else None
+        if way.put is not None:
+            way.put(classifier.model)
         classifier.to(device)
-        tune(classifier, learned, labels, steps, rate, batch=batch, seed=seed, trainable=names)
+        if way.first is not None:
+            way.first(classifier, learned, labels)
+        options: dict = {"batch": batch, "seed": seed}
+        options["trainable"] = backbone_above(classifier) if way.put is None else None
+        if way.penalty is not None:
+            options["penalty"] = partial(_penalty, way.penalty, classifier.model)
+        tune(classifier, learned, labels, steps, way.rate, **options)
+        if way.last is not None:
+            way.last(classifier.model)
         scores = scored(predicted(classifier, unseen).cpu(), truth.cpu())
-        points[way] = 100 * scores["spearman" if floats else "accuracy"]
+        points[label] = 100 * scores["spearman" if floats else "accuracy"]
     return points
+
+
+def _penalty(of: Callable[[nn.Module], Tensor], model: nn.Module, step: int) -> Tensor:
+    return of(model)
 
 
 def _encoded(

@@ -31,6 +31,34 @@ Score = Callable[[nn.Module, Data], float]
 State = dict[str, Tensor]
 
 
+class Leaf(NamedTuple):
+    """An open question of a challenge: the claim of lab 712 that asks it, or where else it is.
+
+    hoped: which sign of method minus baseline would be good news.
+    """
+
+    challenge: str
+    question: str
+    claim: str = ""
+    where: str = ""
+    hoped: str = "lower"
+
+
+MAP = (
+    Leaf("architectures", "one design for all tasks", where="lab 713"),
+    Leaf("architectures", "one rate for all texts", "rates"),
+    Leaf("architectures", "ranks found by search", "search"),
+    Leaf("learning settings", "few examples", where="labs 708, 709 and 711"),
+    Leaf("learning settings", "text after text", "forgetting"),
+    Leaf("learning settings", "data that may not travel", "clients", hoped="higher"),
+    Leaf("learning settings", "retrieval", where="labs 1002 and 1003"),
+    Leaf("compression", "a base in 4 bits", "quantized"),
+    Leaf("compression", "a pruned base", "pruned"),
+    Leaf("compression", "a distilled base", where="not here"),
+    Leaf("several media", "images", where="lab 706"),
+)
+
+
 def step_flops(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str, int]:
     """Operations of products of matrices in one training step: forward, backward, total.
 

@@ -1,24 +1,24 @@
-"""The study of DRAMA (2025): a student cut out of tiny-1m, taught by MiniLM and SmolLM2.
+"""The study of DRAMA (2025): a student cut out of tiny-4m, taught by MiniLM and SmolLM2.
 
-The student is tiny-1m's first two blocks with half of each MLP, trained on as a language model for
-some steps. Its teachers labeled 240 texts once (point "labels"), and a seed draws from what they
-said, and docstrings for its supervised pairs. It is judged on three collections: headings and their
-sections, of Django's documentation, some of whose other documents are among the texts; docstrings
-and functions; and verses in two translations, neither of which it has seen: the model that it is
-cut out of was trained on a third.
+The student is tiny-4m's first two blocks with half of each MLP, trained on as a language model for
+some steps. Its teachers labeled a thousand texts once (point "labels"), and a seed draws from what
+they said, and docstrings for its supervised pairs. It is judged on three collections: headings and
+their sections, of Django's documentation, some of whose other documents are among the texts;
+docstrings and functions; and verses in two translations, neither of which it has seen: the model
+that it is cut out of was trained on a third.
 
-Rates were tuned for each mixture on one other seed, on other documents, with five tries each, and
-each mixture is judged at its best. The random start's is the lowest of them: it barely learns, at
-any rate. The best single source was named on that seed, too, with each source at its best rate.
-Queries that SmolLM2 wrote are kept where MiniLM finds their text among the first three; most that
-repeat the prompt's example, whatever the text, are thrown away so.
+Rates were tuned for each mixture on two other seeds, on other documents, with five tries each, and
+each mixture is judged at its best, which lies inside. The best single source was named on these
+seeds, too, with each source at its best rate. Queries that SmolLM2 wrote are kept where MiniLM
+finds their text among the first three, which is so for half of them; most that repeat the prompt's
+example, whatever the text, are thrown away so.
 
 Sources are put together, too, with as many pairs of each as there are alone, so that two have twice
 as many; all at the rate of the mixture. That is for looking at, and no claim is judged on it.
 
-Smaller than the specification has it, for time: tiny-1m instead of tiny-4m, 60 steps, a few hundred
-labels, one tuning seed, texts of 40 words. Of the paper's masks, which are learned, sizes of
-weights are left; heads and width stay.
+An earlier design with tiny-1m, 240 texts and 60 steps was judged on other seeds, and its verdicts
+were known; sizes are the specification's now, and the seeds are new. Of the paper's masks, which
+are learned, sizes of weights are left; heads and width stay, and texts have 40 words.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from torch import nn
 
 from lablib.compression.recover import recover
 from lablib.embeddings import collections, drama, evaluate
-from lablib.evidence import Pair, matching
+from lablib.evidence import Pair, grid, matching
 from lablib.models import pretrained
 
-STEPS, BATCH = 60, 16
-HEALING, HEALING_RATE, LENGTH = 60, 1e-3, 48  # steps as a language model, tokens of a row
-DIMS = (128, 32)
-SUPERVISED, EQUAL = 150, 40  # pairs: of the small set, and of each mixture at equal pairs
-HELD_OUT = 120  # queries of each collection, and as many texts
+STEPS, BATCH = 100, 16
+HEALING, HEALING_RATE, LENGTH = 100, 1e-3, 48  # steps as a language model, tokens of a row
+DIMS = (256, 64)
+SUPERVISED, EQUAL = 150, 120  # pairs: of the small set, and of each mixture at equal pairs
+HELD_OUT = 200  # queries of each collection, and as many texts
 COLLECTIONS = ("headings", "docstrings", "verses")
 OTHERS = ("headings", "verses")  # than what people's pairs are of
 SHOWN = (*COLLECTIONS, "mean")
-LARGE = "tiny-1m"
-SHAPE = drama.Shape(blocks=2, heads=4, neurons=176, channels=128)
+LARGE = "tiny-4m"
+SHAPE = drama.Shape(blocks=2, heads=4, neurons=344, channels=256)
 AUGMENTED = dict.fromkeys(drama.SOURCES[1:])  # all of each
 
 MIXTURES = {
@@ -193,16 +193,17 @@ def ndcg(q: torch.Tensor, d: torch.Tensor) -> float:
 
 
 GRID = (5e-4, 1.5e-3, 4.5e-3, 1.7e-4, 6e-5)
-TUNED = dict.fromkeys(MIXTURES, 5e-4) | {"supervised": 1.7e-4, "crop": 1.7e-4}
-TUNED["random start"] = 6e-5
-BEST_SINGLE = "synthetic"  # on the tuning seed
+TUNED = dict.fromkeys(("random start", "supervised", "synthetic", "reranked"), 1.7e-4)
+TUNED |= {"few": 5e-4, "augmented": 1.5e-3, "crop": 5e-4, "mixed": 5e-4}
+BEST_SINGLE = "synthetic"  # on the tuning seeds
 
-SEEDS = range(5)
-POINTS = [{"mixture": "crop", "seed": 0}]
+SEEDS = range(5, 10)
+POINTS = [{"mixture": "crop", "seed": SEEDS[0]}]
 POINTS += [{"mixture": "every", "seed": seed} for seed in SEEDS]
 POINTS += [{"mixture": "together", "seed": seed, "rate": TUNED["mixed"]} for seed in SEEDS]
 TUNING = [{"mixture": "labels", "seed": 100}]
-TUNING += [{"mixture": "every", "seed": 100, "attempt": attempt} for attempt in range(len(GRID))]
+TUNING += grid(mixture="every", seed=(100, 101), attempt=range(len(GRID)))
+LIMIT_KB = 300  # the labels of a thousand texts are in it
 CANARY = {
     "mixture": "few", "seed": 200, "rate": 1e-3, "steps": 1, "held_out": 12, "healing": 1,
 }  # fmt: skip

@@ -1,31 +1,28 @@
 """The study of ULLME (2024): what writing adds to representing, at equal steps and equal time.
 
 A query looks for its passage among others: a heading of Django's documentation for its section.
-tiny-1m is trained on (query, passage, hard negative); the hard negative is what BM25 ranks first
+tiny-4m is trained on (query, passage, hard negative); the hard negative is what BM25 ranks first
 among the other passages of a pool. A seed draws what is learned, from some documents, and what is
 judged on, from others. An embedding reads both ways; the writer is causal.
 
-Tuned on one other seed, whose held-out documents are others still: the rate of contrast alone, and
+Tuned on two other seeds, whose held-out documents are others still: the rate of contrast alone, and
 rate and weight of the three losses together, with as many tries. One weight serves both losses of
-the writer. At weight 1 all three were far behind contrast alone at every rate; at a tenth or less
-three settings came out alike, and the one inside the grid was taken. Consistency alone goes with
-contrast's own rate and weight 1, so that nothing else differs.
+the writer. At weight 1 all three were far behind contrast alone. Two rates of contrast were as good
+as equal, and the better one is not that of all three losses; so the leading claim compares at one
+rate, at which all three are best, and contrast at its own rate stands beside it. Consistency alone
+goes with contrast's own rate and weight 1, so that nothing else differs. Causal reading and the
+last token had four rates each.
 
-Contrast at the rate of all three losses was added after the judging runs had been looked at: one
-tuning seed had told its best rates apart by less than seeds differ, and on the judging seeds this
-one proved better. So it is the baseline of the leading claim, which is harder for the method; the
-comparison as it was planned stands beside it.
+Imitation in the place of preference is compared at equal rate, too; its weight is the best of five
+on the tuning seeds. There it was 0.02 ahead of contrast; on the documents that judge it is as far
+behind. Docstrings that look for their functions are a second collection, since the model was
+trained on Python's source: contrast alone and all three losses, four rates each, at the weight that
+headings chose.
 
-Two things came last, with claims declared before they were judged. Imitation in the place of
-preference is compared at equal rate, too; its weight is the best of six on two tuning seeds.
-Docstrings that look for their functions are a second collection, since the model was trained on
-Python's source: contrast alone and all three losses, four rates each on two tuning seeds, at the
-weight that headings chose. For contrast alone two of these rates were as good as equal, as before.
-
-Smaller than the specification has it, for time: tiny-1m in the place of tiny-4m, fewer steps,
-shorter texts, and one pooling beside the mean. Of four rates for causal reading and for the last
-token, contrast's own was the best each time, so all are judged at it; consistency alone takes it
-untried. Weights of the three losses are turned on one draw alone, to look at and not to judge by.
+An earlier design had tiny-1m, tuned on one seed, and was judged on other draws; its verdicts were
+known when this one was made, whose sizes are the specification's and whose seeds are new. Texts
+have 48 tokens at most. Weights of the three losses are turned on one draw alone, to look at and not
+to judge by.
 """
 
 from __future__ import annotations
@@ -41,7 +38,7 @@ from lablib.embeddings.encode import Encoder
 from lablib.evidence import grid, matching, paired
 from lablib.models import pretrained
 
-STEPS, BATCH = 40, 16
+STEPS, BATCH = 60, 16
 POOL = 600  # passages that a hard negative is looked for in
 HELD_OUT = 200  # queries, and passages, to judge on
 ASKED, CANDIDATES = 40, 8  # queries whose two rankings are compared, and passages of each
@@ -60,7 +57,7 @@ def run(
     causal: bool = False,
     collection: str = "headings",
     held_out: int = HELD_OUT,
-    model: str = "tiny-1m",
+    model: str = "tiny-4m",
     weights: tuple[float, float, float] | None = None,
     preference: str = "dpo",
 ) -> dict:
@@ -139,25 +136,26 @@ def drawn(rows: list, n: int, seed: int) -> list:
     return [rows[place] for place in places]
 
 
-USUAL = {"pooling": "mean", "causal": False, "seed": 100}
+USUAL = {"pooling": "mean", "causal": False}
+BOTH_SEEDS, TRIES = (100, 101), (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+MIDDLE = TRIES[2]  # the rate at which weights were tried
 TUNING = [
-    *grid(**USUAL, objective="cl", rate=(5e-4, 1.5e-3, 4.5e-3, 1.35e-2)),
-    *grid(**USUAL, objective="grl", rate=(1.5e-3, 4.5e-3), weight=(0.1, 1.0)),
-    *grid(**USUAL, objective="cl", rate=(8e-4, 2.6e-3)),
-    {**USUAL, "objective": "grl", "rate": 5e-4, "weight": 0.1},
-    {**USUAL, "objective": "grl", "rate": 1.5e-3, "weight": 0.03},
+    *grid(**USUAL, seed=BOTH_SEEDS, objective="cl", rate=TRIES),
+    *grid(**USUAL, seed=BOTH_SEEDS, objective="grl", rate=TRIES[1:5], weight=0.1),
+    *grid(**USUAL, seed=BOTH_SEEDS, objective="grl", rate=MIDDLE, weight=(0.03, 1.0)),
 ]
 OTHERS = (("mean", True), ("last", True), ("last", False))  # pooling, causal
 TUNING += [
-    {"objective": "cl", "seed": 100, "pooling": pooling, "causal": causal, "rate": rate}
+    {"objective": "cl", "seed": seed, "pooling": pooling, "causal": causal, "rate": rate}
+    for seed in BOTH_SEEDS
     for pooling, causal in OTHERS
-    for rate in (5e-4, 1.5e-3, 2.6e-3, 4.5e-3)
+    for rate in TRIES[1:5]
 ]
 IMITATION = {"objective": "imitation", "preference": "sft"}  # in the place of DPO, without L_KL
 TUNING += [
-    {**USUAL, "seed": seed, **IMITATION, "rate": 1.5e-3, "weights": [1.0, weight, 0.0]}
-    for seed in (100, 101)
-    for weight in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    {**USUAL, "seed": seed, **IMITATION, "rate": MIDDLE, "weights": [1.0, weight, 0.0]}
+    for seed in BOTH_SEEDS
+    for weight in (0.1, 0.3, 1.0, 3.0, 10.0)
 ]
 DOCSTRINGS = {  # a second collection: contrast alone, and all three losses
     name: {"objective": f"{name}, docstrings", "collection": "docstrings", "weights": weights}
@@ -165,12 +163,13 @@ DOCSTRINGS = {  # a second collection: contrast alone, and all three losses
 }
 TUNING += [
     {**USUAL, "seed": seed, **kind, "rate": rate}
-    for seed in (100, 101)
+    for seed in BOTH_SEEDS
     for kind in DOCSTRINGS.values()
-    for rate in (1.5e-4, 5e-4, 1.5e-3, 4.5e-3)
+    for rate in TRIES[:4]
 ]
-SEEDS = range(5)
-TUNED = {"cl": {"rate": 2.6e-3}, "grl": {"rate": 1.5e-3, "weight": 0.1}}
+SEEDS = range(5, 10)
+TUNED = {"cl": {"rate": 5e-4}, "grl": {"rate": 1e-3, "weight": 0.1}}
+READ = {("mean", True): 2e-3, ("last", True): 2e-3, ("last", False): 1e-3}  # pooling, causal: rate
 LONGER = 3 * STEPS
 BOTH = {"steps": STEPS, "pooling": "mean", "causal": False}
 ALONE = {"objective": "cl", **TUNED["cl"]}  # contrast alone
@@ -180,13 +179,15 @@ POINTS = [
     *grid(**BOTH, seed=SEEDS, objective="kl", **TUNED["cl"]),
     *grid(**BOTH, seed=SEEDS, objective="cl, other rate", rate=TUNED["grl"]["rate"]),
     *grid(**BOTH | {"steps": LONGER}, seed=SEEDS, **ALONE),
-    *grid(**BOTH | {"causal": True}, seed=SEEDS, **ALONE),
-    *grid(**BOTH | {"pooling": "last", "causal": (True, False)}, seed=SEEDS, **ALONE),
+    *[
+        {**BOTH, "objective": "cl", "seed": seed, "pooling": how, "causal": causal, "rate": rate}
+        for (how, causal), rate in READ.items()
+        for seed in SEEDS
+    ],
 ]
-IMITATED, DOC_RATES = 1.0, {"cl": 5e-4, "grl": 1.5e-3}  # the best of TUNING
+IMITATED, DOC_RATES = 3.0, {"cl": 5e-4, "grl": 5e-4}  # the best of TUNING
 POINTS += [
-    {**BOTH, "seed": seed, **IMITATION, "rate": 1.5e-3, "weights": [1.0, IMITATED, 0.0]}
-    for seed in SEEDS
+    {**BOTH, "seed": s, **IMITATION, "rate": MIDDLE, "weights": [1.0, IMITATED, 0.0]} for s in SEEDS
 ]
 POINTS += [
     {**BOTH, "seed": seed, **kind, "rate": DOC_RATES[name]}
@@ -194,28 +195,29 @@ POINTS += [
     for seed in SEEDS
 ]
 # Three weights to turn, on one draw; what stands among the points above is not made again.
-SCALE, ONE = (0.0, 0.1, 1.0), {"seed": 0, **BOTH, "rate": TUNED["grl"]["rate"]}
+SCALE, ONE = (0.0, 0.1, 1.0), {"seed": SEEDS[0], **BOTH, "rate": TUNED["grl"]["rate"]}
 KNOWN = {(1.0, 0.0, 0.0): "cl, other rate", (1.0, 0.1, 0.0): "dpo", (1.0, 0.1, 0.1): "grl"}
 TURNED = [w for w in product(SCALE[::2], SCALE, SCALE) if any(w) and w not in KNOWN]
 POINTS += [{**ONE, "objective": "weights", "weights": list(w)} for w in TURNED]
+SHORT = BOTH | {"steps": 10, "held_out": 80}  # to be repeated
+POINTS += [{**SHORT, **ALONE, "seed": SEEDS[0]}]
 CANARY = {"objective": "grl", "seed": 200, "rate": 1e-3, "steps": 1, "held_out": 12}
 
 LAST = {"objective": "cl", "pooling": "last", "causal": False}
-GRL, CL, SLOWER = ({"objective": name, **BOTH} for name in ("grl", "cl", "cl, other rate"))
+GRL, CL, SAME_RATE = ({"objective": name, **BOTH} for name in ("grl", "cl", "cl, other rate"))
 ON_DOCS = {name: {"objective": kind["objective"], **BOTH} for name, kind in DOCSTRINGS.items()}
 ROLES = {
-    # SLOWER in GRL's place gives the verdict, too. The claim says that losses and rate differ, the
-    # lab that the gain is the rate's; nothing is stored that lacks both.
+    # Nothing is stored that lacks both, other losses and another rate.
     "tuned-rate": {"method": GRL, "baseline": CL, "control": None},
-    "grl": {"method": GRL, "baseline": SLOWER, "control": CL},
-    "agree": {"method": {"objective": "kl", **BOTH}, "baseline": CL, "control": SLOWER},
-    "equal-time": {"method": GRL, "baseline": CL | {"steps": LONGER}, "control": SLOWER},
+    "grl": {"method": GRL, "baseline": SAME_RATE, "control": CL},
+    "agree": {"method": {"objective": "kl", **BOTH}, "baseline": CL, "control": SAME_RATE},
+    "equal-time": {"method": GRL, "baseline": CL | {"steps": LONGER}, "control": SAME_RATE},
     # Whatever lacks sight both ways and is pooled alike is the baseline itself.
     "both-ways": {"method": LAST, "baseline": LAST | {"causal": True}, "control": None},
     "both-ways-mean": {"method": CL, "baseline": CL | {"causal": True}, "control": None},
     "imitation": {
         "method": {"objective": "imitation", **BOTH},
-        "baseline": SLOWER,
+        "baseline": SAME_RATE,
         "control": {"objective": "dpo", **BOTH},
     },
     # Nothing else was trained on docstrings.

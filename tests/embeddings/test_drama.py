@@ -181,7 +181,10 @@ def test_texts_are_whole_and_of_two_kinds():
     texts = drama.texts()
     assert len({*texts}) == len(texts) == drama.N_TEXTS
     assert all(len(text.split()) == drama.WORDS for text in texts)
-    assert all(drama.crop(text) in text and len(drama.crop(text).split()) >= 5 for text in texts)
+    for text in texts:
+        first, second = drama.crops(text, 2)
+        assert first != second and first in text and second in text
+        assert drama.crops(text) == [first] and len(first.split()) >= 5
 
 
 def test_rankings_put_the_nearest_first():
@@ -225,7 +228,10 @@ def test_stored_labels_are_what_the_study_got():
     (run,) = [run for run in Study(paper("drama")).runs("TUNING") if run["mixture"] == "labels"]
     assert drama.plain(drama.labels()) == run["labels"]
     counts = {s: sum(row.source == s for row in drama.labels()) for s in drama.SOURCES[1:]}
-    assert list(counts.values()) == [drama.N_CROPS, drama.N_WRITTEN, drama.N_RERANKED]
+    crops = drama.CROPS * drama.N_TEXTS
+    assert list(counts.values()) == [crops, drama.N_WRITTEN, drama.N_RERANKED]
+    ours = {row.query for row in drama.labels() if row.source == "crop" and row.text == 7}
+    assert ours == {*drama.crops(drama.texts()[7], drama.CROPS)}
 
 
 def test_triples_take_the_first_and_a_later_one():
@@ -236,7 +242,7 @@ def test_triples_take_the_first_and_a_later_one():
         assert wrong in [drama.texts()[place] for place in label.ranked[3:]]
         assert len(label.ranked) == (4 if label.source == "reranked" else drama.TOP)
         if label.source == "crop":
-            assert query == drama.crop(drama.texts()[label.text])
+            assert query in drama.crops(drama.texts()[label.text], drama.CROPS)
 
 
 def test_written_queries_stay_where_the_teacher_finds_their_text():
@@ -249,9 +255,9 @@ def test_a_mixture_has_its_counts_and_follows_the_seed():
     mixed = drama.mixture(study.MIXTURES["mixed"], 3)
     assert len(mixed) == study.EQUAL and mixed == drama.mixture(study.MIXTURES["mixed"], 3)
     assert {*mixed} != {*drama.mixture(study.MIXTURES["mixed"], 4)}
-    assert len(drama.mixture({"crop": None}, 0)) == drama.N_CROPS
-    with pytest.raises(ValueError, match="crop has 120 triples, not 121"):
-        drama.drawn("crop", 121, 0)
+    assert len(drama.mixture({"crop": None}, 0)) == drama.CROPS * drama.N_TEXTS
+    with pytest.raises(ValueError, match="crop has 2000 triples, not 2001"):
+        drama.drawn("crop", 2001, 0)
 
 
 # The study.
@@ -263,6 +269,20 @@ def test_mixtures_at_equal_pairs_have_equal_pairs():
     assert sum(study.MIXTURES["mixed"].values()) == study.EQUAL
     assert study.MIXTURES["augmented"] == study.MIXTURES["random start"]
     assert study.MIXTURES["augmented"].items() > study.MIXTURES["few"].items()
+
+
+def test_rates_and_the_best_single_source_are_those_of_two_seeds():
+    runs = [run for run in Study(paper("drama")).runs("TUNING") if run["mixture"] == "every"]
+    best = {}
+    for name in study.MIXTURES:
+        means = dict.fromkeys(sorted(study.GRID), 0.0)
+        for run in runs:
+            means[study.GRID[run["attempt"]]] += run[f"{name} mean"]
+        rate = max(means, key=means.get)
+        assert rate == study.TUNED[name] and min(means) < rate < max(means)
+        best[name] = means[rate]
+    assert {run["seed"] for run in runs} == {100, 101}
+    assert max(drama.SOURCES, key=best.get) == study.BEST_SINGLE
 
 
 def test_a_random_start_has_the_students_shape_and_none_of_its_weights():

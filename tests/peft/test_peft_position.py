@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from families_for_tests import TOKENS, loads_again, moved
 from lablib.compression.recover import language_loss, recover
 from lablib.exercises import peft_position as exercises
 from lablib.models import GPT, GPTConfig, anatomy
+from lablib.papers import paper, papers
 from lablib.peft import peft_position as pp
 from lablib.peft.adapter import (
     adapters,
@@ -62,6 +64,17 @@ def test_bytes_of_training_are_sums_by_hand():
     assert pp.training_bytes(1e9, "full tuning") == 16e9
     assert pp.training_bytes(1e9, "LoRA", 0.01) == pytest.approx(2.16e9)
     assert pp.training_bytes(1e9, "LoRA over 4 bits", 0) == pytest.approx(0.516e9, rel=1e-3)
+
+
+def test_a_question_is_a_claim_of_the_lab_or_stands_elsewhere():
+    own, claims = paper("peft-position"), [leaf.claim for leaf in pp.MAP if leaf.claim]
+    assert {own.claim(id).kind for id in claims} == {"direction"} and len({*claims}) == len(claims)
+    for leaf in pp.MAP:
+        assert bool(leaf.claim) != bool(leaf.where) and leaf.hoped in ("lower", "higher")
+    labs = {int(n) for leaf in pp.MAP for n in re.findall(r"\d+", leaf.where)}
+    assert labs <= {each.lab for each in papers()}
+    hoped = {leaf.claim: leaf.hoped for leaf in pp.MAP if leaf.claim}
+    assert [id for id in claims if hoped[id] != own.claim(id).better] == ["rates"]  # bad news
 
 
 def test_ranks_by_block_start_as_the_base_merge_and_come_back(model, tmp_path):
