@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from lablib.models.classifier import Classifier, Encoded, encode, encoder, predi
 from lablib.models.scores import scored
 from lablib.peft.catalogue import put_
 from lablib.peft.tuning import backbone_above, tune
-
-if TYPE_CHECKING:
-    from lablib.lab import Lab
 
 TASKS = ("sst2", "mrpc", "stsb", "mnli")
 
@@ -45,7 +42,15 @@ def named(*names: str, rate: float = 5e-4) -> dict[str, Way]:
     return ways | {"all blocks": Way(None, 2e-5)}
 
 
-def say_points(lab: Lab, ways: Mapping[str, Way], steps: int = 150, length: int = 64) -> None:
+class Speaker(Protocol):
+    """A lab: which tier it is on, and how it says a sentence."""
+
+    tier: str
+
+    def say(self, text: str) -> None: ...
+
+
+def say_points(lab: Speaker, ways: Mapping[str, Way], steps: int = 150, length: int = 64) -> None:
     """At the gpu tier, a line a task of GLUE with what `points_on` gives; else, that it needs one.
 
     It is also said if the hub can't be reached.

@@ -7,7 +7,7 @@ import record_peers
 from scipy.optimize import curve_fit
 
 from lablib.paths import PACKAGE
-from lablib.scaling import laws
+from lablib.scaling import inference, laws
 from lablib.scaling.inference import bootstrap, compare, fit, holdout, profile, table
 
 TRUE = {"E": 0.9, "A": 30.0, "B": 300.0, "alpha": 0.4, "beta": 0.45}
@@ -70,13 +70,20 @@ def test_the_optimum_is_exact(runs):
 
 
 def test_two_hundred_draws_take_less_than_ten_seconds(runs):
-    found = fit(laws.hoffmann, runs, "loss")
-    spent = []
-    for _ in range(3):  # the least, since other work slows a processor
+    """On a core that takes 1,850 gradients a second, as a quiet one did; others are compared."""
+    found, shares = fit(laws.hoffmann, runs, "loss"), []
+    objective = inference._Objective(
+        laws.hoffmann, found.table, "loss", "log-huber", 1e-3, {}, None
+    )
+    (theta,) = objective.begin([found.values])
+    for _ in range(3):  # in turns, since other work slows a processor
         start = time.process_time()
+        for _ in range(370):
+            objective.with_gradient(theta)
+        middle = time.process_time()
         bootstrap(found, 20)
-        spent.append(time.process_time() - start)
-    assert 10 * min(spent) < 10
+        shares.append((time.process_time() - middle) / (middle - start))
+    assert 10 * 370 / 1850 * min(shares) < 10
 
 
 def test_draws_hold_what_made_the_runs(runs):
