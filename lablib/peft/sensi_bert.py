@@ -126,6 +126,12 @@ def magnitude(model: nn.Module, batches: Iterable = (), loss: Callable | None = 
     }
 
 
+def at_random(model: nn.Module) -> Scores:
+    """Numbers drawn for each unit, from torch's own generator: a choice that knows nothing."""
+    readers = _readers(model)
+    return {part: torch.rand(n, device=readers[part].device) for part, n in units(model).items()}
+
+
 def fisher(model: nn.Module, batches: Iterable, loss: Callable) -> Scores:
     """The mean square of the derivative that `sensitivity` takes the size of."""
     totals: Scores = {}

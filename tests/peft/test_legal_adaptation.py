@@ -119,6 +119,15 @@ def test_an_encoders_size_is_what_transformers_builds():
     assert legal.encoder_size(50265, 514, 768, 3072, 12) == 124_645_632  # RoBERTa-base
 
 
+def test_a_seeds_runs_are_one():
+    runs = [{"kind": "all", "seed": 3, "n": n, f"head_{n}_accuracy": float(n)} for n in (8, 16)]
+    runs += [{"kind": "own", "seed": 3, "n": 8, "scratch_own_accuracy": 5.0}]
+    runs += [{"kind": "head", "seed": 3, "n": 8, "accuracy": 1.0}]
+    (made,) = study.of_seeds(runs)
+    told = made["head_8_accuracy"], made["head_16_accuracy"], made["scratch_own_accuracy"]
+    assert told == (8.0, 16.0, 5.0)
+
+
 def test_the_exercise_counts_as_torch_does():
     plain = study.tiny()[0]
     config = plain.config

@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from lablib.evidence import Pair
 from lablib.exercises import limited_data as exercises
 from lablib.models.classifier import Classifier, Encoded, cached_below, predicted
 from lablib.peft import limited_data as guide
 from lablib.peft.adapter import adapters
 from lablib.peft.tuning import task_loss
+from lablib.studies import limited_data as study
 
 
 def classifier():
@@ -202,6 +204,12 @@ def test_the_map_opens_with_what_one_has():
     assert set(few) < set(more) and "pseudo-labels" in more
     assert guide.advised(16, trains=False) == ["label names alone", "linear head"]
     assert "full fine-tuning" in guide.advised(1000) and "linear head" not in guide.advised(1000)
+
+
+def test_pairs_are_of_seeds_that_have_both():
+    runs = [{"seed": 0, "full:16": [1.0, 2.0]}, {"seed": 5, "full:16": [3.0]}]
+    runs += [{"seed": 1, "lead:1000": [4.0]}, {"seed": 5, "lead:1000": [6.0, 7.0]}]
+    assert study.pairs_of(runs, "lead:1000", "full:16") == [Pair(1, 4.0, 2.0), Pair(5, 6.0, 3.0)]
 
 
 def test_crossing_on_a_logarithmic_axis():

@@ -269,26 +269,58 @@ def stored(points="POINTS"):
     return Study(paper("peft-review")).runs(points)
 
 
-def test_rates_are_the_best_of_the_tuning_runs_and_on_no_edge():
-    tuning = stored("TUNING")
-    for name, grid in study.GRIDS.items():
-        losses = {grid[r["attempt"]]: r[f"{name} nll"] for r in tuning if f"{name} nll" in r}
-        assert len(losses) == len(grid)
+CHOSEN = {"movies": (study.TUNED, study.THREE)}
+CHOSEN[study.PAIRS] = study.TUNED_ON_PAIRS, study.THREE_ON_PAIRS
+
+
+def tried(task):
+    """Method -> rate -> nll of the tuning runs."""
+    losses = {name: {} for name in study.GRIDS}
+    for run in stored("TUNING"):
+        if run.get("task", "movies") != task:
+            continue
+        if run["method"] != "all":
+            losses[run["method"]][run["rate"]] = run["nll"]
+        for name, grid in study.GRIDS.items():
+            if f"{name} nll" in run:
+                losses[name][grid[run["attempt"]]] = run[f"{name} nll"]
+    return losses
+
+
+@pytest.mark.parametrize("task", CHOSEN)
+def test_rates_are_the_best_of_the_tuning_runs_and_on_no_edge(task):
+    for name, losses in tried(task).items():
+        assert len(losses) >= len(study.GRIDS[name])
         best = min(losses, key=losses.get)
-        assert study.TUNED[name] == best and min(grid) < best < max(grid)
+        assert CHOSEN[task][0][name] == best and min(losses) < best < max(losses)
 
 
-def test_three_are_those_that_did_best_on_the_tuning_seed():
-    tuning = stored("TUNING")
-    best = {n: min(r.get(f"{n} nll", 9.0) for r in tuning) for n in pr.ELEVEN}
-    assert set(study.THREE) == set(sorted(best, key=best.get)[:3])
+@pytest.mark.parametrize("task", CHOSEN)
+def test_three_are_those_that_did_best_on_the_tuning_seed(task):
+    best = {name: min(losses.values()) for name, losses in tried(task).items()}
+    assert set(CHOSEN[task][1]) == set(sorted(pr.ELEVEN, key=best.get)[:3])
 
 
-def test_a_method_that_does_nothing_is_not_comparable():
-    claim = paper("peft-review").claim("comparable")
-    for name in study.THREE:
+@pytest.mark.parametrize("task", CHOSEN)
+def test_a_method_that_does_nothing_is_not_comparable(task):
+    id = "comparable-pairs" if task == study.PAIRS else "comparable"
+    claim = paper("peft-review").claim(id)
+    for name in CHOSEN[task][1]:
         idle = replaced(stored(), f"{name} accuracy", "head accuracy")
-        assert judge(claim, study.values(idle)["comparable"]).verdict == NOT_REPRODUCED
+        assert judge(claim, study.values(idle)[id]).verdict == NOT_REPRODUCED
+
+
+def test_each_task_is_judged_on_its_own_runs():
+    of_pairs = study.of_task(stored(), study.PAIRS)
+    assert [run["seed"] for run in of_pairs] == list(study.SEEDS)
+    assert not [run for run in study.of_task(stored()) if run in of_pairs]
+
+
+def test_of_pairs_the_score_is_a_rank_correlation():
+    truth, made = torch.tensor([-0.5, 0.0, 0.5]), torch.tensor([[-3.0], [2.0], [9.0]])
+    told = study.scores_of(made, truth)
+    assert told["accuracy"] == pytest.approx(100)
+    assert told["nll"] == pytest.approx((2.5**2 + 2.0**2 + 8.5**2) / 3)
 
 
 def test_every_run_of_all_tells_of_every_method():

@@ -256,6 +256,17 @@ def test_each_budget_is_judged_on_its_own_runs():
         assert found[id] == [Pair(seed, 3 * share, share) for seed in study.SEEDS]
 
 
+def test_units_at_random_are_other_ones_each_time_and_as_many():
+    model = bert()
+    torch.manual_seed(0)
+    first, second = s.at_random(model), s.at_random(model)
+    assert {part: len(drawn) for part, drawn in first.items()} == s.units(model)
+    assert any(not torch.equal(first[part], second[part]) for part in first)
+    torch.manual_seed(0)
+    again = s.at_random(model)
+    assert all(torch.equal(first[part], again[part]) for part in first)
+
+
 def test_of_the_encoder_as_much_is_left_as_the_budget_says():
     runs = Study(paper("sensi-bert")).runs()
     whole = {run["kept"] for run in runs if run["way"] == "whole"}

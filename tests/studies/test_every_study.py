@@ -67,7 +67,8 @@ def test_method_and_baseline_were_tuned_with_as_many_tries(study):
 
 def shared(role, tuning):
     """What of a role names its kind in the tuning points, tuned values left out."""
-    return {k: v for k, v in role.items() if any(point.get(k) == v for point in tuning)}
+    named = {k: v for k, v in role.items() if k != "lr"}
+    return {k: v for k, v in named.items() if any(point.get(k) == v for point in tuning)}
 
 
 @each
