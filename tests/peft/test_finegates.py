@@ -13,7 +13,7 @@ from lablib.compression.recover import drawn, language_loss, recover
 from lablib.data.tasks import load_task
 from lablib.exercises import finegates as exercises
 from lablib.models import anatomy, pretrained
-from lablib.models.classifier import Classifier, Encoded
+from lablib.models.classifier import Classifier, Encoded, predicted
 from lablib.peft import finegates as fg
 from lablib.peft.adapter import (
     adapters,
@@ -324,8 +324,30 @@ def test_rivals_are_as_small_as_the_method(monkeypatch):
 
 def test_what_not_worse_allows_is_on_loras_side_alone():
     options = {"seed": 201, "steps": 1, "train": 20, "test": 20}
-    gaps = {k: (r := study.run(k, **options))["judged"] - r["points"] for k in ("low", "lora")}
-    assert gaps == {"low": 0.0, "lora": -study.MARGIN}
+    for low, lora in (("low", "lora"), ("pairs-low", "pairs-lora")):
+        gaps = {k: (r := study.run(k, **options))["judged"] - r["points"] for k in (low, lora)}
+        assert gaps == {low: 0.0, lora: -study.MARGIN}
+
+
+def test_of_pairs_one_number_is_learned_and_ranks_are_scored():
+    encoded, labels = study.lesson(201, 20, study.PAIRS)
+    assert labels.is_floating_point() and -0.5 <= labels.min() < labels.max() <= 0.5
+    assert encoded.inputs.shape[:2] == encoded.mask.shape and len(labels) == 20
+    classifier = Classifier(study.upper(), study.outputs(study.PAIRS))
+    told = study.told_of(classifier, (encoded, labels))
+    made = predicted(classifier, encoded)
+    ranks = stats.spearmanr(made.flatten().numpy(), labels.numpy()).statistic
+    assert told["points"] == pytest.approx(100 * ranks, abs=0.01)
+    assert told["nll"] == pytest.approx((made.flatten() - labels).square().mean().item(), abs=1e-4)
+
+
+def test_low_rank_parts_learn_beside_the_gates():
+    options = {"seed": 201, "n": 20, "target": 0.2, "rates": (0.1, 0.01), "steps": 2}
+    classifier, losses = study.trained("ranked", **options)
+    learned = trainable(classifier.model)
+    assert {name.rpartition(".")[2] for name in learned} == {"row", "column", "down", "up"}
+    assert all(layer.up.abs().max() > 0 for layer in fg.layers(classifier.model).values())
+    assert len(losses) == 2
 
 
 def test_a_higher_target_leaves_less(monkeypatch):

@@ -300,8 +300,8 @@ def test_a_planted_defect_turns_the_verdict():
         told = {way: loss + 0.01 * seed * len(way) for way, loss in losses.items()}
         row = {f"{way} {key}": told[way] for way in losses for key in study.KEPT}
         runs.append({"way": "every", "seed": seed} | row)
-        for way in study.ALONE:
-            runs.append({"way": way, "seed": seed} | dict.fromkeys(study.KEPT, 0.3))
+        apart = [study.ROLES[id][side] for id in study.APART for side in ("method", "baseline")]
+        runs += [one | {"seed": seed} | dict.fromkeys(study.KEPT, 0.3) for one in apart]
     assert judge(claim, study.values(runs)["beats-lora"]).verdict == REPRODUCED
     never_added = [run | {"norms loss": 5.0} for run in runs]
     assert judge(claim, study.values(never_added)["beats-lora"]).verdict == NOT_REPRODUCED
@@ -314,7 +314,9 @@ def test_the_rivals_runs_are_laid_beside_those_of_their_seed():
         for place, way in enumerate(study.RIVALS, 1)
         for seed in (1, 0)
     ]
+    runs += [study.CAPTIONS | {"seed": 1} | dict.fromkeys(study.KEPT, 9.0)]
     made = study.by_seed(runs)
+    assert [run.get("captions named") for run in made] == [None, 9.0]
     assert [run["attention loss"] for run in made] == [1, 2]
     assert [run["mlp named"] for run in made] == [2, 3]
 

@@ -244,6 +244,17 @@ def test_an_adapter_that_does_nothing_is_not_on_a_par():
     assert judge(claim, study.values(idle)["on-par"]).verdict == NOT_REPRODUCED
 
 
+def test_ranks_are_compared_on_the_same_seeds():
+    runs = [{"kind": "all", "seed": seed, "docs_lora_nll": 9.0 + seed} for seed in study.SEEDS]
+    rate = study.RANK_RATES["lora", 1]
+    for seed in range(study.RANKED):
+        one = {"kind": "lora", "text": "docs", "rank": 1, "seed": seed}
+        runs += [one | {"rate": rate, "nll": 5.0 + seed}, one | {"rate": 2 * rate, "nll": 0.0}]
+    assert study.at_rank(runs, "lora", 1) == [5.0, 6.0, 7.0, 8.0, 9.0]
+    same = [9.0 + seed for seed in study.SEEDS[: study.RANKED]]
+    assert study.at_rank(runs, "lora", study.RANK) == same
+
+
 WRONG = {
     "rotated": [
         lambda m: torch.stack([row.roll(-i) for i, row in enumerate(m)]),

@@ -5,7 +5,7 @@ import torch
 from families_for_tests import MODELS, TOKENS, moved
 
 from lablib.evidence.claims import NOT_REPRODUCED, REPRODUCED, judge
-from lablib.evidence.studies import Study, replaced
+from lablib.evidence.studies import Study, matching, replaced
 from lablib.exercises import peft_guide as exercises
 from lablib.models import GPT, GPTConfig, anatomy
 from lablib.papers import paper
@@ -288,15 +288,17 @@ def test_its_verdict_turns_when_nobody_needs_less():
     assert judge(claim, study.values(same)["side"]).verdict == NOT_REPRODUCED
 
 
-def test_norms_that_do_nothing_are_not_strong():
-    stored, claim = Study(paper("peft-guide")).runs(), paper("peft-guide").claim("norms-are-strong")
+@pytest.mark.parametrize("id", ["norms-are-strong", "norms-movies"])
+def test_norms_that_do_nothing_are_not_strong(id):
+    stored, claim = Study(paper("peft-guide")).runs(), paper("peft-guide").claim(id)
     idle = replaced(stored, "norms right", "base right")
-    assert judge(claim, study.values(idle)["norms-are-strong"]).verdict == NOT_REPRODUCED
+    assert judge(claim, study.values(idle)[id]).verdict == NOT_REPRODUCED
 
 
-def test_all_methods_were_tuned_with_as_many_tries():
+@pytest.mark.parametrize("kind", ["rates", "movies rates"])
+def test_all_methods_were_tuned_with_as_many_tries(kind):
     tried = {}
-    for run in Study(paper("peft-guide")).runs("TUNING"):
+    for run in matching(Study(paper("peft-guide")).runs("TUNING"), kind=kind):
         for key in run:
             name, _, rate = key.rpartition(" ")
             if name in study.METHODS:
@@ -306,7 +308,16 @@ def test_all_methods_were_tuned_with_as_many_tries():
     for name, found in tried.items():
         assert len(found) == len(study.RATES)
         best[name] = min(found)[1]
-    assert best == study.TUNED
+    assert best == (study.TUNED if kind == "rates" else study.TUNED_ON_MOVIES)
+
+
+@pytest.mark.parametrize("name", ["Compacter", "ladder side", "head"])
+def test_on_movies_what_learns_is_the_method_and_the_new_layer(name, monkeypatch):
+    monkeypatch.setattr(study, "MOVIES", {"steps": 2, "sentences": 8, "words": 8})
+    before = {n: p.clone() for n, p in study.mini()[0].named_parameters()}
+    first, again, slower = (study.on_movies(name, 201, rate) for rate in (1e-2, 1e-2, 1e-4))
+    assert first == again != slower
+    assert all(torch.equal(p, before[n]) for n, p in study.mini()[0].named_parameters())
 
 
 # Exercises.
