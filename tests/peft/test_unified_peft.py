@@ -264,6 +264,28 @@ def test_a_group_trains_each_method_as_if_alone_and_seeds_as_if_apart():
     assert both["start"] == [run["start"] for run in alone] and both["start"] != both["lora"]
 
 
+def test_a_prefix_that_a_network_makes_trains_the_network():
+    options = {"steps": 2, "batch": 2, "rows": 2, "rate": 1e-3}
+    alone, made = (study.run(kind, 7, **options) for kind in ("prefix", study.BY_MLP))
+    assert alone["start"] == made["start"] and alone["loss"] != made["loss"]
+    assert made["learning"] > 4 * alone["learning"]
+
+
+@pytest.mark.parametrize("kind", study.MIDDLE)
+def test_the_middle_budget_is_two_percent(kind):
+    model = copy.deepcopy(study.base())
+    unified.modify_(model, *study.MIDDLE[kind])
+    assert n_trainable(model) / model.n_parameters() == pytest.approx(0.02, rel=0.1)
+
+
+def test_each_seed_of_a_group_is_judged_once():
+    runs = [{"kind": "middle", "seed": 0, "middle-mam": [1.0, 2.0]}]
+    runs += [{"kind": "middle", "seed": 2, "middle-mam": 3.0}]
+    runs += [{"kind": study.BY_MLP, "seed": 0, "loss": 4.0}, {"kind": "mam", "loss": 5.0}]
+    assert study.judged(runs, "middle-mam") == [1.0, 2.0, 3.0]
+    assert study.judged(runs, study.BY_MLP) == [4.0]
+
+
 def test_the_kit_has_every_possible_choice_once():
     possible = [m for m in every() if not unified.why_not(m)]
     kinds = {study.kind_of(m) for m in possible}
