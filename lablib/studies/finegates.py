@@ -503,6 +503,8 @@ TUNING = [
 ]
 SECOND = "pairs-low pairs-lora pairs-high pairs-magnitude pairs-random pairs-chosen pairs-head"
 POINTS += grid(kind=(f"{SECOND} pairs-bare", "zero forty few-lora ranked"), seed=SEEDS)
+AGAIN = "forty lora head"  # so that one run has what is compared
+POINTS += grid(kind=AGAIN, seed=SEEDS)
 TUNING += [
     {"kind": kinds, "seed": seed, "level": level, "split": "validation", "test": 600}
     for seed, levels, kinds in (
@@ -525,22 +527,31 @@ ROLES = {
     "speed": against("high_cut_seconds", "high_dense_seconds", "low_dense_seconds"),  # nothing cut
     "high": against("high_judged", "lora_judged", RANDOM),  # less is cut than by its own gates
     "choice": against("chosen_judged", "magnitude_judged", RANDOM),
-    "forty": against("forty_judged", "lora_judged", RANDOM),
+    "forty": against("forty_judged", "lora_judged", "head_judged"),
     "free-pairs": against("pairs-low_judged", "pairs-lora_judged", "pairs-random_judged"),
     "pruning-pairs": against("pairs-low_judged", "pairs-magnitude_judged", "pairs-random_judged"),
 }
 
 
-def values(runs: list) -> dict:
-    """One pair a seed: points, or seconds, of method and baseline; and the share of gates."""
+def of_seeds(runs: list) -> dict[int, dict]:
+    """Seed -> what is told of each kind, with its name before. Without what is made AGAIN."""
     seeds: dict[int, dict] = {}
     for run in runs:
-        if " " in run["kind"]:  # the names of kinds stand before what is told of them
-            seeds.setdefault(run["seed"], {}).update(run)
+        names = run["kind"] + "_" if " " not in run["kind"] else ""  # else they stand there
+        if run["kind"] != AGAIN:
+            seeds.setdefault(run["seed"], {}).update({names + key: v for key, v in run.items()})
+    return seeds
+
+
+def values(runs: list) -> dict:
+    """One pair a seed: points, or seconds, of method and baseline; and the share of gates."""
+    seeds = of_seeds(runs)
+    again = {run["seed"]: run for run in runs if run["kind"] == AGAIN}
     share = {"share": 100 * n_gates(768, 3072, 12) / ROBERTA}
     return share | {
-        id: [Pair(seed, run[ours], run[theirs]) for seed, run in seeds.items() if ours in run]
-        for id, (ours, theirs, _) in ((id, role.values()) for id, role in ROLES.items())
+        id: [Pair(seed, run[role["method"]], run[role["baseline"]]) for seed, run in rows.items()]
+        for id, role in ROLES.items()
+        for rows in (again if id == "forty" else seeds,)
     }
 
 

@@ -135,6 +135,7 @@ ADDED = {
     "middle": tuple(MIDDLE),
     "long": tuple(LONG),
     "rest": tuple(kind for kind in KIT if kind not in TRIED),
+    "network": ("prefix", BY_MLP),
 }
 TUNED = {  # learning rates
     "serial": 1.7e-2,
@@ -278,7 +279,7 @@ POINTS = [
     *grid(kind="middle", seed=(0, 2), repeats=2),
     *grid(kind="middle", seed=4),
     *grid(kind="long", seed=range(5), steps=4 * STEPS),
-    *grid(kind=BY_MLP, seed=range(5)),
+    *grid(kind="network", seed=range(5)),
 ]
 TUNING = [
     *grid(kind=tuple(LARGE), seed=NEW, rate=RATES),
@@ -328,9 +329,8 @@ ROLES = {  # "scaled" in the place of "mam" would do, too: "mam-adapter" judges 
 
 def judged(runs: list, kind: str) -> list[float]:
     """A method's loss, one a seed; kind "start": the base's."""
-    if kind == BY_MLP:
-        return [run["loss"] for run in matching(runs, kind=kind)]
     group = next((name for name, kinds in ADDED.items() if kind in kinds), "judged")
+    group = "judged" if kind in LARGE else group
     found = [run[kind] for run in matching(runs, kind=group)]
     return [loss for one in found for loss in (one if isinstance(one, list) else [one])]
 
@@ -341,6 +341,8 @@ def values(runs: list) -> dict:
     for id, role in ROLES.items():
         both = role["method"], role["baseline"]
         made[id] = [Pair(*row) for row in zip(range(5), *(judged(runs, kind) for kind in both))]
+    network = matching(runs, kind="network")
+    made["prefix-mlp"] = [Pair(run["seed"], run[BY_MLP], run["prefix"]) for run in network]
     made["full"] = [pair._replace(method=pair.method - MARGIN) for pair in made["full"]]
     return made | {"lora-share": [100 * share_of_bart(LORA_102)]}
 

@@ -281,9 +281,10 @@ def test_the_middle_budget_is_two_percent(kind):
 def test_each_seed_of_a_group_is_judged_once():
     runs = [{"kind": "middle", "seed": 0, "middle-mam": [1.0, 2.0]}]
     runs += [{"kind": "middle", "seed": 2, "middle-mam": 3.0}]
-    runs += [{"kind": study.BY_MLP, "seed": 0, "loss": 4.0}, {"kind": "mam", "loss": 5.0}]
+    runs += [{"kind": "network", "seed": 0, study.BY_MLP: 4.0, "prefix": 6.0}]
+    runs += [{"kind": "judged", "seed": 0, "prefix": 5.0}]
     assert study.judged(runs, "middle-mam") == [1.0, 2.0, 3.0]
-    assert study.judged(runs, study.BY_MLP) == [4.0]
+    assert study.judged(runs, study.BY_MLP) == [4.0] and study.judged(runs, "prefix") == [5.0]
 
 
 def test_the_kit_has_every_possible_choice_once():
