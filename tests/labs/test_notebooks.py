@@ -147,6 +147,15 @@ def test_no_measured_number_stands_in_markdown(book):
     assert found == {}, "compute it (lab.say), or tag the cell `paper` if it is the paper's own"
 
 
+def test_an_explorer_ends_its_cell(book):
+    """JupyterLab shows what a cell's last line gives; any other explorer is never seen."""
+    for cell in code(book):
+        lines = [line for line in cell.source.splitlines() if not line.startswith(("%", "!"))]
+        if any(line.startswith("explore(") for line in lines):
+            last = ast.parse("\n".join(lines)).body[-1]
+            assert isinstance(last, ast.Expr) and ast.unparse(last).startswith("explore("), cell.id
+
+
 @pytest.mark.parametrize("row", PAPER_LABS, ids=lambda row: row.slug)
 def test_a_result_is_within_its_budget(row):
     result = State(row).result
