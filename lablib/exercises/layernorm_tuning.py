@@ -125,3 +125,44 @@ neighbor_similarity = Exercise(
     minutes=8,
     difficulty="easy",
 )
+
+
+def _most_moved(before, after):
+    far = [(new - old).square().mean() for old, new in zip(before, after)]
+    return int(torch.stack(far).argmax())
+
+
+def _test_most_moved(candidate) -> None:
+    before = [torch.tensor([1.0, 1.0]), torch.tensor([1.0, 1.0])]
+    after = [torch.tensor([1.5, 1.5]), torch.tensor([2.0, 0.0])]
+    why = "gains that all move by 1/2 moved less than gains that move by 1, one up and one down"
+    expect(candidate(before, after), 1, why)
+    for _ in range(3):
+        scale = 0.5 + float(torch.rand(()))
+        moves = {  # farthest is the second; each other one is, by another measure
+            "that norm is wide: take a mean over its gains, not a sum": torch.full((12,), 0.4),
+            "": torch.tensor([0.6, -0.6, 0.6]),
+            "there one gain moved alone: take a mean over all": F.one_hot(torch.arange(1), 6)[0],
+            "differences, not ratios": torch.full((4,), 0.2),
+            "how far gains went, not how large they are": torch.full((5,), 0.1),
+        }
+        size = [1.0, 1.0, 1.0, 0.05, 9.0]  # before
+        order = torch.randperm(5).tolist()
+        steps, words = list(moves.values()), list(moves)
+        before = [torch.full((len(steps[i]),), scale * size[i]) for i in order]
+        after = [old + scale * steps[i] for old, i in zip(before, order, strict=True)]
+        known = [(place, words[i]) for place, i in enumerate(order) if words[i]]
+        why = "the largest root mean square of differences"
+        expect(candidate(before, after), order.index(1), why, known=known)
+
+
+most_moved = Exercise(
+    reference=_most_moved,
+    test=_test_most_moved,
+    question="One gain goes from 0.1 to 0.2, another from 2 to 2.1. Is that the same change to "
+    "what the next matrix reads?",
+    hint="Differences, squared, their mean; `zip` walks through both lists; `torch.stack` makes a "
+    "tensor of numbers, which has `argmax`.",
+    minutes=6,
+    difficulty="easy",
+)

@@ -104,44 +104,76 @@ def _cross(counts, mean):
     return float("nan")
 
 
-def _crossing(counts, gaps):
-    every = _cross(counts, gaps.mean(0))
-    without = [_cross(counts, np.delete(gaps, s, axis=0).mean(0)) for s in range(len(gaps))]
-    return every, min(without), max(without)
+def _crossing(counts, gaps, draws):
+    every = [_cross(counts, gaps[places].mean(0)) for places in draws]
+    there = [x for x in every if x == x]
+    low, high = np.quantile(there, [0.025, 0.975])
+    return _cross(counts, gaps.mean(0)), low, high, len(there) / len(every)
 
 
 def _test_crossing(candidate) -> None:
-    expect(
-        candidate(np.array([4.0, 16.0]), np.array([[-1.0, 1.0], [-1.0, 1.0]])),
-        (8.0, 8.0, 8.0),
-        "half way from 4 to 16 on a logarithmic axis is 8",
-        atol=1e-4,
-    )
+    counts = np.array([4.0, 16.0])
+    same = np.array([[-1.0, 1.0], [-1.0, 1.0]])
+    hint = "half way from 4 to 16 on a logarithmic axis is 8"
+    expect(candidate(counts, same, np.array([[0, 1], [1, 1]])), (8.0, 8.0, 8.0, 1.0), hint)
     for _ in range(2):
         counts = np.array([8.0, 16.0, 64.0, 256.0, 1000.0])
         slope = np.random.uniform(0.8, 1.4)
         line = slope * (np.log2(counts) - np.random.uniform(4.5, 6.5))
         gaps = line + np.random.uniform(-0.3, 0.3, (5, 5))
-        every, low, high = _crossing(counts, gaps)
-        single = [_cross(counts, row) for row in gaps]
-        straight = float(np.interp(0, gaps.mean(0), counts))
-        known = [
-            ((every, min(single), max(single)), "leave one seed out at a time, and average the "
-             "others; you took each seed alone"),
-            ((float(np.mean(single)), low, high), "average the curves first, then look for zero"),
-        ]  # fmt: skip
-        hint = "linear between two counts on log2 of the counts"
-        if abs(straight - every) > 1e-3:
-            known.append(((straight, low, high), "the axis of counts is logarithmic"))
-        expect(candidate(counts, gaps), (every, low, high), hint, atol=1e-3, known=known)
+        draws = np.random.randint(5, size=(60, 5))
+        wanted = _crossing(counts, gaps, draws)
+        hint = "a draw is a list of seeds: average their curves, find its zero"
+        known = _known(counts, gaps, draws, wanted)
+        expect(candidate(counts, gaps, draws), wanted, hint, atol=1e-3, known=known)
+    _test_without_a_crossing(candidate)
+
+
+def _known(counts, gaps, draws, wanted):
+    every, low, high, share = wanted
+    drawn = [_cross(counts, gaps[places].mean(0)) for places in draws]
+    single = [_cross(counts, row) for row in gaps]
+    without = [_cross(counts, np.delete(gaps, s, axis=0).mean(0)) for s in range(len(gaps))]
+    sets = [_cross(counts, gaps[np.unique(places)].mean(0)) for places in draws]
+    straight = float(np.interp(0, gaps.mean(0), counts))
+    known = [
+        ((every, min(without), max(without), share), "that leaves one seed out at a time, which "
+         "moves the mean by far less than new seeds would"),
+        ((every, min(single), max(single), share), "each seed alone spreads more than their mean "
+         "does; average the curves of a draw"),
+        ((every, min(drawn), max(drawn), share), "smallest and largest grow with the number of "
+         "draws; the interval leaves 2.5 % out on each side"),
+        ((every, *np.quantile(drawn, [0.05, 0.95]), share), "5 % on each side leave 90 % inside"),
+        ((every, *np.quantile(sets, [0.025, 0.975]), share), "a seed that is drawn twice counts "
+         "twice"),
+        ((float(np.mean(single)), low, high, share), "average the curves first, then look for "
+         "zero"),
+        ((float(np.mean(drawn)), low, high, share), "the first number is of the seeds as they "
+         "are, without a draw"),
+    ]  # fmt: skip
+    if abs(straight - every) > 1e-3:
+        known.append(((straight, low, high, share), "the axis of counts is logarithmic"))
+    return known
+
+
+def _test_without_a_crossing(candidate) -> None:
+    counts, gaps = np.array([4.0, 16.0]), np.array([[-3.0, 1.0], [1.0, 3.0]])
+    draws = np.array([[0, 0], [0, 1], [1, 1], [1, 0]])  # those of seed 1 alone never cross
+    hint = "a draw that never crosses has no place in the interval, and lowers the share"
+    try:
+        made = candidate(counts, gaps, draws)
+    except Exception as error:
+        raise Wrong(f"where a draw never crosses zero it fails: {error}") from error
+    expect(made, _crossing(counts, gaps, draws), hint, atol=1e-4)
 
 
 crossing = Exercise(
     reference=_crossing,
     test=_test_crossing,
-    question="What should the function answer when, without one of the seeds, the curve no longer "
-    "crosses zero at all?",
-    hint="Look for two neighbors of different sign; where between them is a straight line zero?",
-    minutes=15,
+    question="When half of all draws never cross, what does an interval of the other half say? "
+    "What would you write into a report instead?",
+    hint="A function for one curve: two neighbors of different sign, and where a straight line "
+    "between them is zero. Call it for the mean of `gaps[places]`, for every draw.",
+    minutes=20,
     difficulty="open",
 )

@@ -19,10 +19,12 @@ from lablib.peft import (
     kronecker,
     lora,
     lora_variants,
+    p_tuning,
     prefix,
     propelt,
     reft,
     rescale,
+    residual,
     side,
     sparse,
     subset,
@@ -42,6 +44,7 @@ KINDS = (
 DRAWN = (  # what does not start at the base's function
     "prefix",
     "prompt",
+    "P-tuning",
     "MAM",
     "UniPELT",
     "Compacter",
@@ -122,6 +125,13 @@ METHODS: dict[str, Method] = {
         r"h \leftarrow h + s\, W_{up}\, f(W_{down}\, x)",
         lambda model: bottleneck.parallel_(model, 16),
     ),
+    "residual adapter": Method(
+        "Lin et al., 2020",
+        "additive",
+        ("adapters",),
+        r"h \leftarrow h + W_{up}\, f(W_{down}\, \mathrm{LN}(h))",
+        lambda model: residual.residual_(model, 16),
+    ),
     "prompt": Method(
         "Lester et al., 2021",
         "additive",
@@ -135,6 +145,13 @@ METHODS: dict[str, Method] = {
         ("soft prompts",),
         r"\mathrm{Attn}(q, [P_k; K], [P_v; V])",
         lambda model: prefix.prefix_(model, 16),
+    ),
+    "P-tuning": Method(
+        "Liu et al., 2021",
+        "additive",
+        ("soft prompts",),
+        r"x \leftarrow [P; x],\quad P = \mathrm{MLP}(\mathrm{LSTM}(E))",
+        lambda model: p_tuning.p_tuning_(model, 20, hidden=8),
     ),
     "ladder side": Method(
         "Sung et al., 2022",

@@ -6,6 +6,7 @@ makes these rows; stage two tunes a part of the decoder: in the paper, the gains
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -225,6 +226,25 @@ def similarity(model: VisionLanguage, said: Talk) -> float:
 def gains(decoder: nn.Module) -> dict[str, Tensor]:
     """Dotted name -> gain (dim,), of all norms, in their order."""
     return {name: norm.weight.detach() for name, norm in anatomy.norms(decoder).items()}
+
+
+@contextlib.contextmanager
+def mixed(decoder: nn.Module, share: float) -> Iterator[None]:
+    """In its block, each tuned norm's gain is so far on the way from its old one, 0, to 1, its new.
+
+    decoder: its norms are tuned, as `norms_` leaves them. Afterwards the new gains are back.
+    """
+    tuned = list(anatomy.norms(decoder).values())
+    new = [norm.weight.detach().clone() for norm in tuned]
+    with torch.no_grad():
+        for norm, gain in zip(tuned, new, strict=True):
+            norm.weight.copy_(norm.base.weight.lerp(gain, share))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for norm, gain in zip(tuned, new, strict=True):
+                norm.weight.copy_(gain)
 
 
 def gradient_variance(model: VisionLanguage, batches: Sequence[Talk]) -> float:

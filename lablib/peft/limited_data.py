@@ -11,19 +11,24 @@ classifier in place, so that strategies combine. The equations of those that hav
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lablib.compression.recover import recover
 from lablib.models import anatomy
 from lablib.models.classifier import Classifier, Encoded, pooling, predicted
+from lablib.paths import data_dir
 from lablib.peft.adapter import remove_
 from lablib.peft.lora import lora_
 from lablib.peft.tuning import backbone_above, task_loss, tune
@@ -205,6 +210,30 @@ def pairs(labels: Tensor, n: int, seed: int = 0) -> Tensor:
     return torch.tensor(rows)
 
 
+@lru_cache(maxsize=1)
+def recorded() -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What sentence-transformers and SetFit made of fixed vectors and labels.
+
+    Versions by package. first, second: (n, dim), float64; same: (n,); loss: (1,); and its slopes,
+    "slope of first" and "slope of second". labels: (texts,); pairs: (m, 3) as `pairs` has them.
+    Written by tests/peft/record_limited_data.py.
+    """
+    file = data_dir() / "published" / "limited-data.safetensors"
+    with safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()["versions"]), load_file(file)
+
+
+def possible(rows: Tensor, n_texts: int) -> Tensor:
+    """(2, texts, texts), bool: pairs drawn as different, and as equal, in either order.
+
+    rows: (n, 3) as `pairs` has them; a text beside itself is left out.
+    """
+    first, second, same = rows[rows[:, 0] != rows[:, 1]].T
+    table = torch.zeros(2, n_texts, n_texts, dtype=torch.bool)
+    table[same, first, second] = table[same, second, first] = True
+    return table
+
+
 def adversarial(classifier: Classifier, few: Few, training: Training, epsilon: float = 1.0) -> None:
     """Fine-tuning on each text and on its worst neighbor in the space of the states."""
 
@@ -238,6 +267,51 @@ def pseudo_labelled(
     if len(places):
         standard(classifier, few.and_(Few(unlabelled.at(places), labels)), training)
     return places, labels
+
+
+Strategy = Callable[..., object]  # (classifier, few, training=...), trains in place
+
+
+def continued(
+    classifier: Classifier,
+    few: Few,
+    unlabelled: Tensor,
+    training: Training,
+    reading: Training,
+    then: Strategy = standard,
+) -> None:
+    """Continued pretraining: read texts without labels first, then do as `then` does.
+
+    unlabelled: (n, length + 1) tokens, as `packed` makes them, of the domain or of the task's own
+        texts. Both in turn: `then=partial(continued, unlabelled=..., reading=...)`.
+    The model is a decoder with its head, all of which trains while it reads. Raises ValueError
+    where its lower blocks are computed once: they would change, and their states not.
+    Source: Gururangan et al. (2020), who call the two domain- and task-adaptive pretraining.
+    """
+    if classifier.below:
+        raise ValueError(f"reading changes all blocks, and {classifier.below} are computed once")
+    options = {"batch": reading.batch, "seed": reading.seed}
+    recover(classifier.model, unlabelled, reading.steps, reading.rate, **options)
+    then(classifier, few, training=training)
+
+
+def packed(tokenizer, texts: Sequence[str], length: int = 64) -> Tensor:
+    """(n, length + 1): the tokens of all texts, one after the other; what is left over is dropped.
+
+    tokenizer: text -> {"input_ids": tokens}.
+    """
+    tokens = [token for text in texts for token in tokenizer(text)["input_ids"]]
+    return torch.tensor(tokens[: len(tokens) // (length + 1) * (length + 1)]).view(-1, length + 1)
+
+
+def cross_lingual(
+    classifier: Classifier, few: Few, others: Few, training: Training, then: Strategy = standard
+) -> None:
+    """Cross-lingual transfer: learn from another language's labelled texts beside the few.
+
+    then: any strategy; one that takes more, as a `partial`: pseudo_labelled with its unlabelled.
+    """
+    then(classifier, few.and_(others), training=training)
 
 
 def draw_uncertain(
@@ -365,3 +439,18 @@ def crossing(counts: Sequence[float], gaps: Sequence[float]) -> float:
         if q == 0 and p != 0:
             return float(2**b)
     return float("nan")
+
+
+def crossing_interval(
+    counts: Sequence[float], gaps: np.ndarray, draws: np.ndarray
+) -> tuple[float, float, float, float]:
+    """The mean curve's crossing, a bootstrap's 95 % interval, and the share of draws that cross.
+
+    gaps: (seeds, counts). draws: (rounds, seeds), places of seeds drawn with replacement.
+    A draw whose mean curve never crosses has no part in the interval; without any it is nan.
+    """
+    found = np.array([crossing(counts, gaps[places].mean(0)) for places in draws])
+    there = found[np.isfinite(found)]
+    low, high = np.quantile(there, [0.025, 0.975]) if len(there) else (np.nan, np.nan)
+    share = len(there) / len(found)
+    return crossing(counts, gaps.mean(0)), float(low), float(high), share

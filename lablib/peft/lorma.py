@@ -180,6 +180,11 @@ def numerical_rank(m: Tensor) -> int:
     return int((values > max(m.shape) * torch.finfo(torch.float32).eps * values[0]).sum())
 
 
+def rank_at_start(n: int, rank: int = 1, inflation: str = "rotate") -> int:
+    """Numerical rank of an (n, n) multiplier of so many ranks, before its first step."""
+    return numerical_rank(LoRMALinear(nn.Linear(n, n), rank, inflation=inflation).multiplier())
+
+
 def products(n: int, rank: int, tokens: int, order: str) -> int:
     """Multiplications of a square layer whose weight is multiplied by B A, in one of three orders.
 
@@ -191,3 +196,13 @@ def products(n: int, rank: int, tokens: int, order: str) -> int:
         "weight": 2 * rank * n * n + apply,
         "input": apply + 2 * rank * n * tokens,
     }[order]
+
+
+def products_a_token(n_out: int, n_in: int, rank: int, mode: str) -> dict[str, int]:
+    """Multiplications a token of a weight of (n_out, n_in) and of what multiplies it.
+
+    mode: "pre", n the outputs, or "post", n the inputs. Keys as in `products`: "matrix", with an
+    (n, n) multiplier that is at hand, rotated or not; "input", A and then B, without an (n, n).
+    """
+    n = (n_out, n_in)[MODES.index(mode)]
+    return {"matrix": n_out * n_in + n * n, "input": n_out * n_in + 2 * rank * n}

@@ -302,7 +302,7 @@ AREAS = dict.fromkeys(KINDS[:3], "addition") | {
 CIRCLES = {"addition": (-0.85, 0.45), "selection": (0.85, 0.45), "reparametrization": (0.0, -0.85)}
 RADIUS = 1.25
 SPOTS = {  # areas -> where its names stand: x, y of the first, and in how many columns
-    ("addition",): (-1.45, 1.2, 2),
+    ("addition",): (-1.45, 1.45, 2),
     ("selection",): (1.35, 1.0, 1),
     ("reparametrization",): (-0.3, -0.95, 2),
     ("addition", "reparametrization"): (-0.62, -0.3, 1),

@@ -1,7 +1,9 @@
-"""What the peft library computes once a method is merged, recorded, beside what ours do.
+"""What the peft library computes, recorded, beside what ours do with the same weights.
 
-`tests/peft/record_merge.py` wrote the record: a Llama of two layers, weights of four methods of
-lab 714 on its queries and values, and the logits before and after `merge_and_unload`.
+A Llama of two layers, on its queries and values. `tests/peft/record_merge.py` wrote the logits of
+four methods of lab 714 before and after `merge_and_unload`; `tests/peft/record_peft.py` those of
+all leaves of the catalogue that peft has, too, for lab 713. QLoRA is not among them: peft leaves
+the four bits to another library.
 """
 
 from __future__ import annotations
@@ -19,7 +21,11 @@ from lablib.paths import data_dir
 from lablib.peft.adapter import adapters, merge_
 from lablib.peft.kronecker import krona_
 from lablib.peft.lora import lora_
-from lablib.peft.lora_variants import VeRALinear, dora_, vera_
+from lablib.peft.lora_variants import VeRALinear, adalora_, dora_, lora_fa_, vera_
+from lablib.peft.p_tuning import p_tuning_
+from lablib.peft.prefix import prefix_, prompt_
+from lablib.peft.rescale import ia3_
+from lablib.peft.subset import norms_
 
 ROLES = ("query", "value")
 METHODS: dict[str, Callable[[nn.Module], None]] = {  # at the sizes that were recorded
@@ -29,29 +35,46 @@ METHODS: dict[str, Callable[[nn.Module], None]] = {  # at the sizes that were re
     "KronA": partial(krona_, roles=ROLES, shape=(4, 4)),
 }
 
+LEAVES = METHODS | {
+    "LoRA-FA": partial(lora_fa_, roles=ROLES, rank=3, alpha=6),
+    "AdaLoRA": partial(adalora_, roles=ROLES, rank=3, alpha=6),
+    "(IA)3": ia3_,
+    "norms": norms_,
+    "prompt": partial(prompt_, length=3),
+    "prefix": partial(prefix_, length=3),
+    "P-tuning": partial(p_tuning_, length=3, hidden=5),
+}
+MERGED, PLAIN = "merge", "peft"  # the files of record
 
-@lru_cache(maxsize=1)
-def recorded() -> tuple[dict, dict[str, Tensor]]:
-    """Versions and the model's configuration; tensors by name."""
-    file = data_dir() / "published" / "merge.safetensors"
-    with safe_open(file, "pt") as opened:
+
+@lru_cache(maxsize=2)
+def recorded(file: str = MERGED) -> tuple[dict, dict[str, Tensor]]:
+    """Versions and the model's configuration; tensors by name. Of `PLAIN`, also counts."""
+    path = data_dir() / "published" / f"{file}.safetensors"
+    with safe_open(path, "pt") as opened:
         header = {key: json.loads(value) for key, value in opened.metadata().items()}
-    return header, load_file(file)
+    return header, load_file(path)
 
 
-def recorded_of(mark: str) -> dict[str, Tensor]:
+def version(file: str = PLAIN) -> str:
+    """Of the peft that was run."""
+    return recorded(file)[0]["versions"]["peft"]
+
+
+def recorded_of(mark: str, file: str = MERGED) -> dict[str, Tensor]:
     """Recorded tensors whose name starts so, without the start."""
-    return {key[len(mark) :]: t for key, t in recorded()[1].items() if key.startswith(mark)}
+    return {key[len(mark) :]: t for key, t in recorded(file)[1].items() if key.startswith(mark)}
 
 
 @torch.no_grad()
-def with_its_weights(kind: str) -> nn.Module:
-    """The recorded model with a method of this module, which has the recorded weights."""
+def with_its_weights(kind: str, file: str = MERGED) -> nn.Module:
+    """The recorded model with a method of `LEAVES`, which has the recorded weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model, given = LlamaForCausalLM(LlamaConfig(**recorded()[0]["config"])), recorded_of(f"{kind}:")
-    model.load_state_dict(recorded_of("base:"))
-    METHODS[kind](model)
+    model = LlamaForCausalLM(LlamaConfig(**recorded(file)[0]["config"]))
+    model.load_state_dict(recorded_of("base:", file))
+    given = recorded_of(f"{kind}:", file)
+    LEAVES[kind](model)
     for place, adapter in adapters(model).items():
         for name, parameter in adapter.own().items():
             parameter.copy_(given[f"{place}:{name}"].view_as(parameter))
@@ -69,4 +92,14 @@ def compare_merged() -> dict[str, tuple[Tensor, Tensor]]:
         model = with_its_weights(kind)
         merge_(model)
         found[kind] = model(recorded()[1]["tokens"]).logits, recorded_of(f"{kind}:")["merged"]
+    return found
+
+
+@torch.no_grad()
+def compare_leaves() -> dict[str, tuple[Tensor, Tensor]]:
+    """Method -> logits, (texts, length, vocabulary): ours with peft's weights, and peft's."""
+    tokens, found = recorded(PLAIN)[1]["tokens"], {}
+    for kind in LEAVES:
+        ours = with_its_weights(kind, PLAIN)(tokens).logits
+        found[kind] = ours, recorded_of(f"{kind}:", PLAIN)["output"]
     return found

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lablib.models import anatomy
-from lablib.peft.adapter import adapter_state, matrix, method, remove_
+from lablib.peft.adapter import adapter_state, matrix, method, remove_, save_adapter
 from lablib.peft.lora import LoRALinear
 
 Data = TypeVar("Data")
@@ -32,9 +34,10 @@ State = dict[str, Tensor]
 
 
 class Leaf(NamedTuple):
-    """An open question of a challenge: the claim of lab 712 that asks it, or where else it is.
+    """An open question of a challenge: the claim that asks it, or where else it is.
 
-    hoped: which sign of method minus baseline would be good news.
+    paper: whose claim, by its slug. where: of what lab 712 doesn't ask itself. hoped: which sign of
+    method minus baseline would be good news.
     """
 
     challenge: str
@@ -42,6 +45,7 @@ class Leaf(NamedTuple):
     claim: str = ""
     where: str = ""
     hoped: str = "lower"
+    paper: str = "peft-position"
 
 
 MAP = (
@@ -55,7 +59,7 @@ MAP = (
     Leaf("compression", "a base in 4 bits", "quantized"),
     Leaf("compression", "a pruned base", "pruned"),
     Leaf("compression", "a distilled base", where="not here"),
-    Leaf("several media", "images", where="lab 706"),
+    Leaf("several media", "images", "beats-lora", where="lab 706", paper="layernorm-tuning"),
 )
 
 
@@ -224,6 +228,22 @@ def average(states: Sequence[State], weights: Sequence[float] | None = None) -> 
         name: sum(share * state[name] for share, state in zip(shares, states, strict=True))
         for name in states[0]
     }
+
+
+class Saved(NamedTuple):
+    """Bytes of a saved file: what says which tensors it has, and their numbers."""
+
+    header: int
+    tensors: int
+
+
+def saved_bytes(model: nn.Module) -> Saved:
+    """Of the file that `save_adapter` writes; the header says method, options and base, too."""
+    with TemporaryDirectory() as folder:
+        save_adapter(model, file := Path(folder) / "adapter.safetensors")
+        content = file.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")  # the format: a length, then so much JSON
+    return Saved(header, len(content) - header)
 
 
 class Rounds(NamedTuple):

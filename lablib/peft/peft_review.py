@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -481,3 +481,42 @@ def inked(name: str, parts: list[tuple[str, bool]], color: str) -> str:
     return f"{own}{name}:</span>  " + " ".join(
         f"<b>{piece}</b>" if same else f"{own}{piece}</span>" for piece, same in parts
     )
+
+
+# Points and curves.
+
+SIDES = {"top center": (0, 0.06), "bottom center": (0, -0.06)}
+SIDES |= {"middle right": (0.04, 0), "middle left": (-0.04, 0)}
+
+
+def label_sides(x: Mapping[str, float], y: Mapping[str, float], log: bool = False) -> dict:
+    """Name -> the side of its point, one of `SIDES`, that is farthest from other points and names.
+
+    log: whether x is drawn logarithmically. Sides are chosen in the order of the names.
+    """
+    both = np.stack([np.log10(list(x.values())) if log else list(x.values()), list(y.values())], 1)
+    spots = (both - both.min(0)) / np.ptp(both, axis=0) * (0.4, 1)  # names are wider than high
+    taken, sides = list(zip(x, spots)), {}
+    for name, spot in zip(x, spots):
+        others = [at for owner, at in taken if owner != name]
+        far = {w: min(np.hypot(*(spot + d - at)) for at in others) for w, d in SIDES.items()}
+        sides[name] = max(far, key=far.get)
+        taken.append((name, spot + SIDES[sides[name]]))
+    return sides
+
+
+def ends(values: Collection[float], log: bool = False) -> list[float]:
+    """An axis that has room for names beside the values."""
+    low, high = np.log10([min(values), max(values)]) if log else (min(values), max(values))
+    both = low - 0.18 * (high - low), high + 0.18 * (high - low)
+    return [float(10**end if log else end) for end in both]
+
+
+def nearest(curves: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Name -> whose mean curve is nearest, by the mean distance. curves: (seeds, points) each."""
+    means = {name: np.mean(runs, 0) for name, runs in curves.items()}
+
+    def gap(a: str, b: str) -> float:
+        return float(np.abs(means[a] - means[b]).mean())
+
+    return {a: min((b for b in means if b != a), key=lambda b, a=a: gap(a, b)) for a in means}

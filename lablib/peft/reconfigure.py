@@ -11,7 +11,7 @@ The paper itself was not at hand; metric and layout are as others' summaries of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,34 @@ def learned(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[s
     it, a tenth of the training's steps. Source: the paper's learning metric.
     """
     return {name: (after[name] - weight).abs().sum(1) for name, weight in before.items()}
+
+
+def at_once(
+    model: nn.Module, batch: object, loss: Callable[[nn.Module, object], Tensor]
+) -> dict[str, Tensor]:
+    """Name -> (out,): as `learned`, of one step of plain descent with rate 1, which isn't made.
+
+    A cheap priming: of all gradients, one is held at a time. The model stays as it was.
+    """
+    layers, found, hooks = feed_forward(model), {}, []
+    asked = [(p, p.requires_grad) for p in model.parameters()]
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        across = int(matrix(layer) is layer.weight)  # GPT-2's are transposed
+
+        def take(weight: Tensor, name: str = name, across: int = across) -> None:
+            found[name] = weight.grad.abs().sum(across)
+            weight.grad = None
+
+        hooks.append(layer.weight.requires_grad_().register_post_accumulate_grad_hook(take))
+    try:
+        loss(model, batch).backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, asks in asked:
+            parameter.requires_grad_(asks)
+    return {name: found[name] for name in layers}
 
 
 def learners(amounts: Mapping[str, Tensor], retention: float) -> dict[str, Tensor]:

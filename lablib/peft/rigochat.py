@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lablib.data import load
+from lablib.data.tasks import parallel
 from lablib.models import GPT, GPTConfig, anatomy
 from lablib.modes import kept_modes
 from lablib.peft.adapter import disabled, freeze_base_, n_trainable
@@ -158,12 +158,12 @@ def adapt_(model: nn.Module, rank: int, seed: int = 0) -> None:
 # Pairs of answers from parallel text.
 
 SPANISH, ENGLISH = "es", "en"
-REJECTED = ("gl", "ca", "pt_BR", "it", "fr", ENGLISH)  # from the nearest to the untranslated
+REJECTED = ("pt", "pt_BR", "ca", "it", "fr", ENGLISH)  # the untranslated last
 LANGUAGES = {
     "es": "Spanish",
-    "gl": "Galician",
-    "ca": "Catalan",
+    "pt": "Portuguese",
     "pt_BR": "Portuguese (Brazil)",
+    "ca": "Catalan",
     "it": "Italian",
     "fr": "French",
     "en": "English",
@@ -171,13 +171,13 @@ LANGUAGES = {
 LONGEST = 60  # letters of a message
 
 
-def messages(corpus: str = "django") -> list[dict[str, str]]:
-    """Messages of a program in Spanish and in all of REJECTED: one {language: text} each."""
-    tables = {d.name: dict(line.split("\t") for line in d.text.splitlines()) for d in load(corpus)}
-    tables[ENGLISH] = {source: source for source in tables[SPANISH]}
-    wanted = (SPANISH, *REJECTED)
-    shared = [s for s in tables[SPANISH] if all(s in tables[language] for language in wanted)]
-    rows = [{language: tables[language][source] for language in wanted} for source in shared]
+def messages() -> list[dict[str, str]]:
+    """Messages of Django and Wagtail in all of LANGUAGES: one {language: text} each.
+
+    All catalogues of both programs; messages of two words and more, none longer than LONGEST.
+    """
+    codes = [language for language in LANGUAGES if language != ENGLISH]
+    rows = [dict(zip((ENGLISH, *codes), row)) for part in parallel(codes) for row in part]
     return [row for row in rows if max(map(len, row.values())) <= LONGEST]
 
 

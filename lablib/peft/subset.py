@@ -166,3 +166,22 @@ def last_blocks_(model: nn.Module, n: int = 1) -> None:
     if not 0 < n <= len(blocks):
         raise ValueError(f"{n} blocks of the last are wanted, and the model has {len(blocks)}")
     tune_(model, _below(model, {str(i): block for i, block in enumerate(blocks[-n:])}))
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    return any(place == name for place, _ in model.named_modules(remove_duplicate=False))
+
+
+@method
+def head_only_(model: nn.Module) -> None:
+    """Train the language model's head, with its bias if it has one; what comes before it stays.
+
+    A head that shares the embedding's matrix learns with a copy of it, and the embedding stays.
+    Raises ValueError for a model without a head.
+    """
+    if not (place := anatomy.family(model).head) or not _has(model, place):
+        raise ValueError(f"{type(model).__name__} has no head to train")
+    head = _innermost(model.get_submodule(place))
+    for name, parameter in list(head._parameters.items()):
+        if parameter is not None:
+            _train(model, head, name, nn.Parameter(parameter.detach().clone()))

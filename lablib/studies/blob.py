@@ -1,24 +1,23 @@
 """The study of lab 704: how far a classifier trained on 100 sentences can be believed.
 
-MiniLM with its lower five blocks frozen and computed once; LoRA of rank 8 on the last block's query
-and value matrices, and a head, learn whether a movie critic's sentence is positive. Judged on other
-such sentences, and on tweets and product reviews. The paper trains 31 epochs on the smallest of its
-sets; here it is 18, three cycles of the divergence's weights.
+MiniLM with its lower four blocks frozen and computed once; LoRA of rank 8 on the query and value
+matrices of the last two, and a head, learn whether a movie critic's sentence is positive. Judged on
+1,000 other such sentences, and on tweets and product reviews. The paper trains 31 epochs on the
+smallest of its sets; here it is 18, three cycles of the divergence's weights.
 
-Rates were tuned on seeds 100 and 101, on the validation split, with as many tries for both sides:
-the lowest negative log-likelihood among settings whose accuracy is within a point of the best. That
-is 7e-4 for LoRA and 1e-3 for BLoB. Beside them are judged: both at one larger rate, "fast", at
-which LoRA's training loss falls to zero as the paper's does ("fastblob" is BLoB); and LoRA at the
-rate with the lowest likelihood loss of all, "gentle", whose accuracy was lower.
-The divergence's rate is larger than the paper's 0.01, whose training is 22 times as long. With one
-sign a token instead of one a text (as in the authors' code), noise partly averages out over the
-text; pilots gained less from their draws.
+Rates were tuned on seeds 100 and 101, on the validation split, with ten tries for either side: the
+lowest negative log-likelihood among settings whose accuracy is within a point of the best. That is
+6e-4 for LoRA and 1e-2 for BLoB. Beside them are judged: both at one rate between, "fast", at which
+LoRA's training loss falls to zero as the paper's does ("fastblob" is BLoB); and LoRA at the rate
+with the lowest likelihood loss of all, "gentle", whose accuracy was lower. The divergence's rate is
+larger than the paper's 0.01, whose training is 22 times as long. With one sign a token instead of
+one a text (as in the authors' code), noise partly averages out over the text; pilots gained less
+from their draws.
 
 The paper's other rivals, `OTHERS`, are LoRAs as well: with a prior on their matrices ("map"), with
 dropout that stays on when they predict, and three of them averaged. They take the rate that was
 tuned for LoRA; prior, dropout and number are the paper's. Laplace's approximation is over the head,
-not over all of LoRA. For time, one block of MiniLM trains instead of two, so that one more is
-computed once, and 400 texts are judged instead of 1,000.
+not over all of LoRA. An earlier design trained one block and judged 400 sentences, on other seeds.
 """
 
 import copy
@@ -44,7 +43,7 @@ from lablib.peft.adapter import trainable
 from lablib.peft.lora import lora_
 from lablib.peft.tuning import tune
 
-BELOW = 5  # blocks that are frozen and computed once
+BELOW = 4  # blocks that are frozen and computed once
 SIZE, BATCH, STEPS = 100, 8, 228  # sentences to learn from
 RANK, ALPHA, ROLES_OF = 8, 16, ("query", "value")
 DRAWS, MEMBERS, DROPOUT = 10, 3, 0.1
@@ -61,11 +60,10 @@ def run(
     steps: int = STEPS,
     size: int = SIZE,
     draws: int = DRAWS,
-    texts: int = 400,
-    shifted: int = 150,
+    texts: int = 1000,
+    shifted: int = 300,
     split: str = "test",
     settings: dict | None = None,
-    repeats: int = 1,
 ) -> dict:
     """One classifier, or an ensemble, and how good its probabilities are.
 
@@ -73,24 +71,18 @@ def run(
         LoRA with a prior; "dropout", LoRA with dropout, also when it predicts; "ensemble" of
         `MEMBERS` LoRAs;
         "several", those of `settings`, name -> (kind, rate, kl_rate), on the same sentences: each
-        result's key is then preceded by the name; from several `repeats`, seed, seed + 1 ..., each
-        result is a list.
+        result's key is then preceded by the name.
     texts: of movies, from `split`; shifted: of each other domain, 0 for none.
     """
     judged = {"": sample("movies", split, 0, texts)}
     judged |= {name: sample(name, split, 0, shifted) for name in SHIFTED if shifted}
     if kind != "several":
         return one(kind, seed, rate, kl_rate, steps, size, draws, judged)
-    rounds = []
-    for own in range(seed, seed + repeats):
-        made = {
-            name: one(each, own, fast, pull, steps, size, draws, judged)
-            for name, (each, fast, pull) in (settings or {}).items()
-        }
-        rounds.append(
-            {f"{name}_{key}": v for name, told in made.items() for key, v in told.items()}
-        )
-    return rounds[0] if repeats == 1 else {k: [told[k] for told in rounds] for k in rounds[0]}
+    made = {
+        name: one(each, seed, fast, pull, steps, size, draws, judged)
+        for name, (each, fast, pull) in (settings or {}).items()
+    }
+    return {f"{name}_{key}": value for name, told in made.items() for key, value in told.items()}
 
 
 def one(kind, seed, rate, kl_rate, steps, size, draws, judged) -> dict:
@@ -267,17 +259,20 @@ def lesson(seed: int, size: int) -> tuple[Encoded, torch.Tensor]:
 
 TRIED = (100, 101)
 SETTINGS = {  # kind, rate, rate of the divergence
-    "mle": ("mle", 7e-4, 0.0),
-    "blob": ("blob", 1e-3, 0.05),
-    "gentle": ("mle", 5e-4, 0.0),
+    "mle": ("mle", 6e-4, 0.0),
+    "blob": ("blob", 1e-2, 0.05),
+    "gentle": ("mle", 3e-4, 0.0),
     "base": ("base", 1e-3, 0.0),
 }
-OTHERS = {kind: (kind, 7e-4, 0.0) for kind in ("map", "dropout", "ensemble")}
-FIVE_TIMES = {
+OTHERS = {kind: (kind, 6e-4, 0.0) for kind in ("map", "dropout", "ensemble")}
+SHARED = {  # both at one rate
     "fast": ("mle", 3e-3, 0.0),
     "fastblob": ("blob", 3e-3, 0.05),
 }
 TUNED_ON = {"texts": 600, "shifted": 0, "split": "validation"}
+MLE_RATES = (2e-4, 3e-4, 5e-4, 6e-4, 7e-4, 8.5e-4, 1e-3, 3e-3, 5e-3, 1e-2)
+BLOB_RATES = ((5e-4, 0.05), (1e-3, 0.05), (3e-3, 0.05), (1e-2, 0.05))  # and the divergence's
+BLOB_RATES += ((3e-2, 0.05), (1e-3, 0.1), (3e-3, 0.1), (1e-2, 0.1), (3e-3, 0.025), (1e-2, 0.025))
 
 
 def tried(kind: str, rates, kl_rates=0.0) -> list[dict]:
@@ -285,27 +280,17 @@ def tried(kind: str, rates, kl_rates=0.0) -> list[dict]:
     return grid(kind=kind, seed=TRIED, rate=rates, kl_rate=kl_rates, **TUNED_ON)
 
 
-def together(seeds, settings, **options) -> list[dict]:
-    """Points with several settings each, which may be named by their places."""
-    if not isinstance(settings, dict):
-        settings = {str(place): setting for place, setting in enumerate(settings)}
+def together(settings: dict) -> list[dict]:
+    """Points with several settings each."""
     lists = {name: list(setting) for name, setting in settings.items()}
-    return [{"kind": "several", "seed": s, "settings": lists} | options for s in seeds]
+    return grid(kind="several", seed=SEEDS, settings=[lists])
 
 
-POINTS = [
-    *together([0], SETTINGS | FIVE_TIMES, repeats=5),
-    *together([5], SETTINGS, repeats=5),
-    *together(range(10), OTHERS),
-]
-_FINER = [("mle", 5e-4, 0.0), ("mle", 2e-3, 0.0), ("mle", 5e-3, 0.0)]
-_FINER += [("blob", 1e-3, 0.05), ("blob", 3e-3, 0.025), ("blob", 3e-3, 0.1)]
+SEEDS = range(10, 20)
+POINTS = [point for settings in (SETTINGS, SHARED, OTHERS) for point in together(settings)]
 TUNING = [
-    *tried("mle", (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
-    *tried("blob", (3e-3, 1e-2, 3e-2), 0.05),
-    *tried("blob", 1e-2, (0.025, 0.1)),
-    *together(TRIED, _FINER, **TUNED_ON),
-    *together(TRIED, [("mle", 7e-4, 0.0), ("blob", 5e-4, 0.05)], **TUNED_ON),
+    *tried("mle", MLE_RATES),
+    *(point for rates in BLOB_RATES for point in tried("blob", *rates)),
 ]
 CANARY = {
     "kind": "blob",
@@ -329,9 +314,11 @@ ROLES = {
     # An untrained model would do: LoRA at this rate is worse than a coin.
     "fast": against("fastblob_nll", "fast_nll", None),
     "shift": against("blob_shift_nll", "mle_shift_nll", "base_shift_nll"),
-    "mean-is-not-enough": against("blob_nll", "blob_mean_nll", "mle_nll"),
+    # LoRA would do, and an untrained model, too: both are believable beside this mean.
+    "mean-is-not-enough": against("blob_nll", "blob_mean_nll", None),
     "accuracy": against("blob_accuracy", "mle_accuracy", "base_accuracy"),
-    "accuracy-near": against("blob_accuracy", "mle_accuracy", "base_accuracy"),
+    # Compared with LoRA. Who has learned nothing is not near it, and stands here in its place.
+    "accuracy-near": against("blob_accuracy", "base_accuracy", None),
     "coin": against("blob_nll", "base_nll", "mle_nll"),
     "gentle": against("blob_nll", "gentle_nll", "base_nll"),
 }
@@ -339,37 +326,23 @@ ROLES = {
 
 def values(runs: list) -> dict:
     """What each claim is judged on: a pair a seed that has both."""
-    rows = [row for run in runs for row in by_seed(run)]
     both = {id: (role["method"], role["baseline"]) for id, role in ROLES.items()}
     judged = {
-        id: [Pair(row["seed"], row[a], row[b]) for row in rows if {a, b} <= row.keys()]
+        id: [Pair(run["seed"], run[a], run[b]) for run in runs if {a, b} <= run.keys()]
         for id, (a, b) in both.items()
     }
-    near = [pair._replace(method=pair.method + MARGIN) for pair in judged["accuracy-near"]]
+    near = [pair._replace(method=pair.method + MARGIN) for pair in judged["accuracy"]]
     return judged | {"accuracy-near": near}
-
-
-def by_seed(run: dict) -> list[dict]:
-    """A run of several seeds as one row each."""
-    repeats = run.get("repeats", 1)
-    if repeats == 1:
-        return [run]
-    keys = [key for key, value in run.items() if isinstance(value, list) and len(value) == repeats]
-    return [
-        run | {"seed": run["seed"] + i, "repeats": 1} | {key: run[key][i] for key in keys}
-        for i in range(repeats)
-    ]
 
 
 def flat(runs: list) -> list[dict]:
     """One row a setting: its name, kind, rates and seed, and its results by their own keys."""
     rows = [run for run in runs if run["kind"] != "several"]
-    together_made = matching(runs, kind="several")
-    for own in (row for run in together_made for row in by_seed(run)):
-        for name, (kind, rate, kl_rate) in own["settings"].items():
+    for run in matching(runs, kind="several"):
+        for name, (kind, rate, kl_rate) in run["settings"].items():
             told = {
-                k.removeprefix(f"{name}_"): v for k, v in own.items() if k.startswith(f"{name}_")
+                k.removeprefix(f"{name}_"): v for k, v in run.items() if k.startswith(f"{name}_")
             }
-            point = {"name": name, "kind": kind, "seed": own["seed"], "rate": rate}
+            point = {"name": name, "kind": kind, "seed": run["seed"], "rate": rate}
             rows.append(point | {"kl_rate": kl_rate} | told)
     return rows

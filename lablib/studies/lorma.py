@@ -281,7 +281,7 @@ def values(runs: list) -> dict:
     for id in ("on-par", "on-par-add"):
         pairs = pairs_of(every, ROLES[id]["method"], "movies_lora_accuracy")
         found[id] = [pair._replace(method=pair.method + MARGIN) for pair in pairs]
-    return found | {"rank": [run["movies_rotate_full"] for run in every]}
+    return found | {"rank-trained": [run["movies_rotate_full"] for run in every]}
 
 
 def at_rank(runs: list, kind: str, rank: int) -> list[float]:

@@ -1,29 +1,24 @@
 """The study of RigoChat 2 (2025): a model that is shown which of two answers is the better one.
 
-The messages are those of Django's core catalogue that all seven languages have, none longer than 60
-letters. The specification wants the catalogues of all of Django's parts, several times as many:
-that would narrow the intervals, but all runs would have to be made again. A seed is a draw of the
-messages that are held out, of the pairs to train on and to score, of the adapters' first values,
-and of the windows of other text, which no tiny checkpoint has read.
+The messages are those of two words and more, none longer than 60 letters, that all catalogues of
+Django and Wagtail have in all seven languages. A seed is a draw of the messages that are held out,
+of the pairs to train on and to score, of the adapters' first values, and of the windows of other
+text, which no tiny checkpoint has read. An earlier design had Django's core catalogue alone, other
+languages and a quarter as many messages, and was judged on other seeds.
 
-SmolLM2 stands for the paper's model. Of three rates the middle one was taken, before the highest
-was run on the tuning seed: in a pilot that one had cost more of the loss on other text than is
-allowed. On the tuning seed it then stayed just within it, and preferred Spanish more often. At the
-middle rate Spanish answers became less probable than they were while they won more pairs; at the
-lowest, more probable. Eight judging seeds were planned, and eight are judged; five were made first,
-and the other three when the verdict on those was known.
+SmolLM2 stands for the paper's model, at the rate of that earlier design: the middle one of three,
+of which all stay within the loss on other text that is allowed on the tuning seed, too; the highest
+wins somewhat more pairs there, and comes nearer to the limit.
 
 The tiny model, which has never read Spanish, stands for what SmolLM2 is too large for here: DPO of
-all weights, other data, 4 bits. LoRA and all weights have the rate at which they forget least by
-the time the held-out preference loss is down to TARGET; that level was chosen on the tuning seed,
-where the slowest rates of both don't reach it. Where one of two judged runs does not either, they
-are compared at the lowest loss that both reach, a rule made when that was seen. Pairs of whole
-phrases have the rate of their highest accuracy, beyond which one more was tried; that flatters
-them, as LoRA's own rate is lower than its best for accuracy. In curated runs other pairs of the
-same held-out messages are scored.
-
-Two rivals were added when all this was known: DPO at the rate of whole phrases, which is also the
-one at which it wins most pairs of five, and training on chosen answers alone, at the best of five.
+all weights, other data, 4 bits. Every way had six rates on one tuning seed. LoRA and all weights
+have the one at which they forget least by the time the held-out preference loss is down to TARGET,
+a level that was kept from the earlier design; a slower one of each does not reach it. Where one of
+two judged runs does not either, they are compared at the lowest loss that both reach. Pairs of
+whole phrases, and DPO on pairs of all kinds beside them, have the rate of their highest accuracy,
+which is the same; so has training on chosen answers alone. The earlier design compared whole
+phrases with LoRA at the rate at which it forgets least, which flattered them; here that was changed
+when the numbers were known. In curated runs other pairs of the same held-out messages are scored.
 
 Tried and left: tiny-4m, which learns no more in the same time; 4 bits on SmolLM2, whose weights
 come from a 4-bit grid. Cut for time: more tuning seeds, other values of beta and of the rank,
@@ -51,8 +46,8 @@ from lablib.training.checkpoints import corpora
 
 REAL, TINY = "smollm2-135m-instruct", "tiny-1m"
 RANK = 8
-HELD_OUT = 80  # messages
-WORDS = 3  # of a curated message, at least
+HELD_OUT = 300  # messages
+WORDS = 5  # of a curated message, at least
 LENGTH = 96  # tokens of a window of other text
 LETTERS = 6000  # of a document that windows are drawn from
 LOOKS = 8  # at held-out pairs, while a tiny model trains
@@ -60,7 +55,7 @@ LOOKED = 40  # pairs
 ALLOWED = 1.02  # of the base's loss on other text
 LOST = 2  # points of accuracy, allowed with 4 bits
 TARGET = 0.45  # held-out preference loss at which forgetting is compared
-ASKED = 5  # messages that SmolLM2 answers before and after
+ASKED = 5  # messages of three words and more that SmolLM2 answers before and after
 NEW = 12  # tokens of an answer, at most
 
 
@@ -72,7 +67,7 @@ def run(
     steps: int = 128,
     batch: int = 8,
     pairs: int = 512,
-    scored: int = 90,
+    scored: int = 240,
     rows: int = 4,
     beta: float = rigochat.BETA,
 ) -> dict:
@@ -201,7 +196,7 @@ def asked_messages(seed: int) -> list[str]:
     """Held-out messages of a few words."""
     held_out = rigochat.split(rigochat.messages(), HELD_OUT, seed)[1]
     texts = [row[rigochat.ENGLISH] for row in held_out]
-    return [text for text in texts if len(text.split()) >= WORDS and "%" not in text][:ASKED]
+    return [text for text in texts if len(text.split()) >= 3 and "%" not in text][:ASKED]
 
 
 def heard(before: list[str], after: list[str], seed: int) -> dict:
@@ -238,28 +233,36 @@ def other_text(model: str, seed: int, rows: int) -> torch.Tensor:
     )
 
 
-SMALL = {"model": REAL, "steps": 32, "batch": 2, "pairs": 64, "scored": 36, "rows": 1}
-SEEDS, REAL_SEEDS = range(5), range(8)
-RATES = {"dpo": 3e-3, "full": 3e-4, "curated": 1e-2, "sft": 3e-2, REAL: 6e-4}
-LORA, CURATED, WHOLE, PLAIN = (
-    {"kind": kind, "model": TINY, "lr": RATES[kind]} for kind in ("dpo", "curated", "full", "sft")
+SMALL = {"model": REAL, "steps": 32, "batch": 2, "pairs": 64, "scored": 60, "rows": 1}
+SEEDS, REAL_SEEDS = range(10, 15), range(10, 18)
+RATES = {"dpo": 1.4e-3, "full": 1e-4, "curated": 1e-2, "sft": 1.7e-2, REAL: 6e-4}
+FEW = 128  # curated pairs
+LORA, WHOLE, PLAIN = (
+    {"kind": kind, "model": TINY, "lr": RATES[kind]} for kind in ("dpo", "full", "sft")
 )
+CURATED = {"kind": "curated", "model": TINY, "lr": RATES["curated"], "pairs": FEW}
 FASTER = LORA | {"lr": RATES["curated"]}
 POINTS = [
-    *grid(kind="dpo", model=TINY, seed=SEEDS, lr=RATES["dpo"]),
-    *grid(kind="full", model=TINY, seed=SEEDS, lr=RATES["full"]),
-    *grid(kind="curated", model=TINY, seed=SEEDS, lr=RATES["curated"], pairs=128),
+    *(point for way in (LORA, WHOLE, CURATED, PLAIN, FASTER) for point in grid(**way, seed=SEEDS)),
     *grid(kind="dpo", seed=REAL_SEEDS, lr=RATES[REAL], **SMALL),
-    *grid(**PLAIN, seed=SEEDS),
-    *grid(**FASTER, seed=SEEDS),
 ]
+
+
+def tried(kind: str, rates: tuple) -> list[dict]:
+    """Points of the tuning seed."""
+    pairs = {"pairs": FEW} if kind == "curated" else {}
+    return grid(kind=kind, model=TINY, seed=100, lr=rates, **pairs)
+
+
+TRIED = {
+    "dpo": (1e-3, 1.4e-3, 2e-3, 3e-3, 1e-2, 3e-2),
+    "full": (5e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "curated": (1e-3, 3e-3, 1e-2, 1.7e-2, 3e-2, 1e-1),
+    "sft": (1e-3, 3e-3, 1e-2, 1.7e-2, 3e-2, 1e-1),
+}
 TUNING = [
-    *grid(kind="dpo", model=TINY, seed=100, lr=(1e-3, 2e-3, 3e-3, 1e-2)),
-    *grid(kind="full", model=TINY, seed=100, lr=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
-    *grid(kind="curated", model=TINY, seed=100, lr=(1e-3, 3e-3, 1e-2, 3e-2), pairs=128),
+    *(point for kind, rates in TRIED.items() for point in tried(kind, rates)),
     *grid(kind="dpo", seed=100, lr=(3e-4, 6e-4, 1e-3), **SMALL),
-    *grid(kind="dpo", model=TINY, seed=100, lr=3e-2),
-    *grid(kind="sft", model=TINY, seed=100, lr=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
 ]
 CANARY = {
     "kind": "dpo",
@@ -281,11 +284,9 @@ ROLES = {  # None: the model before the training, the only control stored, is th
     },
     "spanish-loss": {"method": "byte_loss", "baseline": "base_byte_loss", "control": None},
     "less-forgetting": {"method": LORA, "baseline": WHOLE, "control": None},
-    "curated": {"method": CURATED, "baseline": LORA, "control": WHOLE},  # not curated either
-    # All weights, on pairs of all kinds, are not worse either, and that is no matter of curation.
-    "curated-rate": {"method": CURATED, "baseline": FASTER, "control": WHOLE},
+    "curated": {"method": CURATED, "baseline": FASTER, "control": WHOLE},  # not curated either
     "supervised": {"method": FASTER, "baseline": PLAIN, "control": None},
-    "curated-near": {"method": CURATED, "baseline": LORA, "control": None},
+    "curated-near": {"method": CURATED, "baseline": FASTER, "control": WHOLE},
     "quantized": {"method": "four_bits", "baseline": "least", "control": "base_accuracy"},
 }
 
@@ -294,12 +295,11 @@ def values(runs: list) -> dict:
     """What each claim is judged on: a pair a seed."""
     real, tiny = matching(runs, model=REAL), matching(runs, **LORA)
     made = {id: within(real, id) for id in ("spanish", "capabilities", "spanish-loss")}
-    curated = paired(runs, CURATED, LORA, "accuracy")
+    curated = paired(runs, CURATED, FASTER, "accuracy")
     return made | {
         "quantized": within(tiny, "quantized"),
         "less-forgetting": at_equal_preference(paired(runs, LORA, WHOLE, "trail")),
         "curated": curated,
-        "curated-rate": paired(runs, CURATED, FASTER, "accuracy"),
         "supervised": paired(runs, FASTER, PLAIN, "accuracy"),
         "curated-near": [pair._replace(method=pair.method + LOST) for pair in curated],
     }

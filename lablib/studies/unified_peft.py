@@ -11,16 +11,16 @@ text, for several seeds.
 Tuned on another seed: the rate. Three tries half a decade apart for each method of the large
 budget, then a fourth: between two of them where the best stood inside, beyond them where it stood
 at the edge; prefixes, which like rates ten times as high, got two more. Full fine-tuning has four,
-as have the heads of the small budget; what they are compared with has three. Three things were
-added when all this was known, each at rates of its own: a middle budget of some 2 %, with four
-tries; training for four times as many steps, with three; and a prefix whose rows a network makes,
-as the paper trains them, with four.
+as have the heads of the small budget; what they are compared with has three. Four things were added
+when all this was known, each at rates of its own: a middle budget of some 2 %, with four tries;
+training for four times as many steps, with three; a prefix whose rows a network makes, as the paper
+trains them, with four; and messages of programs that are put into French, with five, two more for
+the prefix. Those are judged on seeds of their own.
 
 "kit" and "rest" runs are for the lab's construction kit only: one seed, at the rate of the method
 that they differ least from, so they are no fair comparison, and no claim is judged on them. Smaller
-than it might be, for time: 150 steps, 600 for five methods, one kind of text, and no translation,
-where every method would have to be tuned once more. The paper trains for 50,000 steps and more, and
-through an MLP where there is a prefix.
+than it might be, for time: 150 steps, 600 for five methods. The paper trains for 50,000 steps and
+more, and through an MLP where there is a prefix.
 """
 
 import copy
@@ -31,12 +31,13 @@ import numpy as np
 import torch
 
 from lablib.compression.recover import language_loss, recover
-from lablib.data.tasks import licence_texts
-from lablib.evidence import Pair, grid, matching
+from lablib.data.tasks import licence_texts, parallel
+from lablib.evidence import Pair, grid
 from lablib.models import pretrained
 from lablib.peft.adapter import n_trainable, trainable
 from lablib.peft.bottleneck import INSERTIONS
 from lablib.peft.prefix import prefix_
+from lablib.peft.rigochat import Preference, Rows, encode, supervised_loss
 from lablib.peft.unified_peft import (
     COMPOSE,
     PLACES,
@@ -54,6 +55,7 @@ STEPS, BATCH = 150, 8
 HELD_OUT = 96  # rows a seed
 CHARACTERS = 2000  # of each licence
 DOCUMENTS = {"train": 400, "held_out": 120}
+LETTERS = 80  # of a message that is translated, at most
 
 
 def _one(form: str, insertion: str, place: str, compose: str, rank: int) -> tuple:
@@ -121,7 +123,8 @@ MIDDLE = {  # three tenths of the large budget's ranks
 }
 LONG = {f"long-{kind}": LARGE[kind] for kind in ("serial", "parallel", "scaled", "lora", "mam")}
 BY_MLP, WIDE = "prefix-mlp", 800  # a prefix whose rows a network of this width makes
-EVERY = METHODS | MIDDLE | LONG | {BY_MLP: LARGE["prefix"]}
+FRENCH = {f"french-{kind}": method for kind, method in (LARGE | {"full": ()}).items()}
+EVERY = METHODS | MIDDLE | LONG | FRENCH | {BY_MLP: LARGE["prefix"]}
 GROUPS = {
     "judged": (*LARGE, "few-heads", "few-attention", "full"),
     "kit": TRIED,
@@ -130,12 +133,11 @@ GROUPS = {
     "tried lower": ("lora", "lora-attention"),
     "prefixes": ("prefix", "few-prefix"),
     "few": tuple(SMALL),
-}
-ADDED = {
     "middle": tuple(MIDDLE),
     "long": tuple(LONG),
     "rest": tuple(kind for kind in KIT if kind not in TRIED),
     "network": ("prefix", BY_MLP),
+    "french": tuple(FRENCH),
 }
 TUNED = {  # learning rates
     "serial": 1.7e-2,
@@ -151,8 +153,6 @@ TUNED = {  # learning rates
     "few-attention": 3e-2,
     "few-prefix": 3e-1,
     "full": 3e-3,
-}
-TUNED_TOO = {
     "middle-serial": 3e-2,
     "middle-parallel": 3e-2,
     "middle-serial-attention": 1e-2,
@@ -168,6 +168,16 @@ TUNED_TOO = {
     "long-lora": 1e-2,
     "long-mam": 1e-2,
     BY_MLP: 3e-3,
+    "french-serial": 3e-2,
+    "french-parallel": 3e-2,
+    "french-serial-attention": 1e-2,
+    "french-parallel-attention": 3e-2,
+    "french-scaled": 1e-2,
+    "french-lora": 1e-2,
+    "french-lora-attention": 3e-3,
+    "french-prefix": 3e-1,
+    "french-mam": 1e-2,
+    "french-full": 3e-3,
 }
 
 
@@ -179,29 +189,31 @@ def run(
     batch: int = BATCH,
     rows: int = HELD_OUT,
     repeats: int = 1,
+    text: str = "licences",
 ) -> dict:
     """One point. start, loss: nats a token of held-out text, of the base and after training.
 
-    kind: one of EVERY, or of GROUPS or ADDED, whose methods are trained one after the other on the
-        same text; then each has its loss under its own name. "full" trains the base's own weights.
+    kind: one of EVERY, or of GROUPS, whose methods are trained one after the other on the same
+        text; then each has its loss under its own name. "full" trains the base's own weights.
     rate: None is the tuned one. rows: of held-out text.
+    text: "licences", or "french", translations of messages, whose French part alone has a loss.
     train: the loss of one method while it trained, in five parts.
     repeats: how many seeds from this one on a group is trained with; then losses are lists.
     """
     if repeats > 1:
-        each = [run(kind, seed + n, rate, steps, batch, rows) for n in range(repeats)]
+        each = [run(kind, seed + n, rate, steps, batch, rows, 1, text) for n in range(repeats)]
         return {key: [made[key] for made in each] for key in each[0]}
-    learn, judge = drawn(seed, steps * batch, rows)
-    told = {"start": loss_of(base(), judge)}
+    learn, judge = lesson(text, seed, steps * batch, rows)
+    told = {"start": loss_of(base(), *judge)}
     options = {"seed": seed, "rate": rate, "steps": steps, "batch": batch}
-    group = (GROUPS | ADDED).get(kind)
+    group = GROUPS.get(kind)
     if group is None:
         return told | adapted(kind, learn, judge, **options)
     return told | {name: adapted(name, learn, judge, **options)["loss"] for name in group}
 
 
 def adapted(kind: str, learn, judge, seed: int, rate: float | None, steps: int, batch: int) -> dict:
-    """Train one method on the rows `learn`; its loss on `judge`, and what it adds."""
+    """Train one method on `learn`; its loss on `judge`, and what it adds."""
     model = copy.deepcopy(base())
     torch.manual_seed(seed)
     if kind == BY_MLP:
@@ -210,10 +222,11 @@ def adapted(kind: str, learn, judge, seed: int, rate: float | None, steps: int, 
         modify_(model, *EVERY[kind])
     chosen = list(trainable(model)) or "all"
     learning = n_trainable(model) or model.n_parameters()
-    rate = rate or (TUNED | TUNED_TOO).get(kind) or TUNED[nearest(EVERY[kind][0])]
-    losses = recover(model, learn, steps, rate, batch=batch, trainable=chosen, seed=seed)
+    rate = rate or TUNED.get(kind) or TUNED[nearest(EVERY[kind][0])]
+    options = {"batch": batch, "trainable": chosen, "seed": seed, "loss": learn[1]}
+    losses = recover(model, learn[0], steps, rate, **options)
     parts = [round(float(np.mean(part)), 4) for part in np.array_split(losses, min(5, steps))]
-    return {"loss": loss_of(model, judge), "learning": learning, "train": parts}
+    return {"loss": loss_of(model, *judge), "learning": learning, "train": parts}
 
 
 def nearest(m: Modification) -> str:
@@ -236,9 +249,9 @@ def kind_of(m: Modification) -> str:
 
 
 @torch.no_grad()
-def loss_of(model, rows) -> float:
+def loss_of(model, rows, loss=language_loss) -> float:
     """Nats a token."""
-    return language_loss(model, rows).item()
+    return loss(model, rows).item()
 
 
 @lru_cache(maxsize=1)
@@ -256,6 +269,39 @@ def texts() -> dict:
         texts = [document.text[:CHARACTERS] for document in documents[:n]]
         ids[part] = torch.tensor([i for row in tokenizer(texts)["input_ids"] for i in row])
     return ids
+
+
+def lesson(text: str, seed: int, n: int, rows: int) -> list[tuple]:
+    """What a seed learns from, and what it is judged on: rows each, and their loss."""
+    if text == "licences":
+        return [(part, language_loss) for part in drawn(seed, n, rows)]
+    made = []
+    for pairs, count, own in zip(messages(), (n, rows), (seed, seed + 1000)):
+        draw = np.random.default_rng(own)
+        places = draw.choice(len(pairs.tokens), count, replace=count > len(pairs.tokens))
+        made.append((torch.from_numpy(places), supervised_loss(pairs)))
+    return made
+
+
+@lru_cache(maxsize=1)
+def messages() -> list[Rows]:
+    """Messages of programs and their French translation, to learn from and held out.
+
+    The other answer of each pair, the message untranslated, is not read.
+    """
+    _, tokenizer = pretrained(MODEL)
+    train, _, test = parallel(["fr"])
+    return [
+        encode(
+            tokenizer,
+            [
+                Preference(f"English: {english}\nFrench:", french, english, "en")
+                for english, french in part
+                if max(len(english), len(french)) <= LETTERS
+            ],
+        )
+        for part in (train, test)
+    ]
 
 
 def drawn(seed: int, n: int, rows: int) -> tuple:
@@ -280,6 +326,7 @@ POINTS = [
     *grid(kind="middle", seed=4),
     *grid(kind="long", seed=range(5), steps=4 * STEPS),
     *grid(kind="network", seed=range(5)),
+    *grid(kind="french", seed=range(5, 10), text="french"),
 ]
 TUNING = [
     *grid(kind=tuple(LARGE), seed=NEW, rate=RATES),
@@ -295,6 +342,8 @@ TUNING = [
     *grid(kind=BY_MLP, seed=NEW, rate=(1e-3, 3e-3, 1e-2, 3e-2)),
     *grid(kind="long", seed=NEW, steps=4 * STEPS, rate=(3e-3, 1e-2, 3e-2)),
     {"kind": "long-parallel", "seed": NEW, "steps": 4 * STEPS, "rate": 1e-1},
+    *grid(kind="french", seed=NEW, rate=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1), text="french"),
+    *grid(kind="french-prefix", seed=NEW, rate=(3e-1, 1.0), text="french"),
 ]
 CANARY = {"kind": "everything", "seed": 200, "rate": 1e-3, "steps": 2, "batch": 2, "rows": 2}
 
@@ -324,25 +373,35 @@ ROLES = {  # "scaled" in the place of "mam" would do, too: "mam-adapter" judges 
     "scaled-long": against("long-scaled", "long-parallel"),
     "mam-long": against("long-mam", "long-serial"),
     "prefix-mlp": against(BY_MLP, "prefix"),
+    "mam-french": against("french-mam", "french-serial"),
+    "parallel-french": against("french-parallel", "french-serial"),
+    "ffn-lora-french": against("french-lora", "french-lora-attention"),
 }
 
 
 def judged(runs: list, kind: str) -> list[float]:
-    """A method's loss, one a seed; kind "start": the base's."""
-    group = next((name for name, kinds in ADDED.items() if kind in kinds), "judged")
-    group = "judged" if kind in LARGE else group
-    found = [run[kind] for run in matching(runs, kind=group)]
-    return [loss for one in found for loss in (one if isinstance(one, list) else [one])]
+    """A method's loss, one a seed; kind "start": the base's on licences."""
+    large = kind in (*GROUPS["judged"], "start")
+    found = [run[kind] for run in runs if kind in run and large == (run["kind"] == "judged")]
+    return [loss for one in found for loss in listed(one)]
+
+
+def listed(value) -> list:
+    """A group's result, one a seed."""
+    return value if isinstance(value, list) else [value]
 
 
 def values(runs: list) -> dict:
-    """What each claim is judged on: a pair a seed, or a number."""
+    """What each claim is judged on: a pair a seed of groups that have both sides, or a number."""
     made: dict = {}
     for id, role in ROLES.items():
         both = role["method"], role["baseline"]
-        made[id] = [Pair(*row) for row in zip(range(5), *(judged(runs, kind) for kind in both))]
-    network = matching(runs, kind="network")
-    made["prefix-mlp"] = [Pair(run["seed"], run[BY_MLP], run["prefix"]) for run in network]
+        made[id] = [
+            Pair(run["seed"] + n, *row)
+            for run in runs
+            if {*both} <= {*GROUPS.get(run["kind"], ())}
+            for n, row in enumerate(zip(*(listed(run[kind]) for kind in both)))
+        ]
     made["full"] = [pair._replace(method=pair.method - MARGIN) for pair in made["full"]]
     return made | {"lora-share": [100 * share_of_bart(LORA_102)]}
 

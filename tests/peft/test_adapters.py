@@ -5,6 +5,8 @@ import torch
 import transformers as hf
 from families_for_tests import TOKENS, moved
 
+from lablib.data.tasks import load_task
+from lablib.evidence import matching
 from lablib.evidence.claims import NOT_REPRODUCED, judge
 from lablib.evidence.studies import Study, replaced
 from lablib.exercises import adapters as exercises
@@ -341,33 +343,58 @@ def test_wrong_names_and_sizes_are_said():
 
 def test_an_adapter_that_does_nothing_is_not_competitive():
     stored, claim = Study(paper("adapters")).runs(), paper("adapters").claim("competitive")
-    idle = replaced(stored, f"{study.BEST}_accuracy", "head_accuracy")
+    idle = replaced(stored, f"{study.BEST}_score", "head_score")
     assert judge(claim, study.values(idle)["competitive"]).verdict == NOT_REPRODUCED
 
 
 def test_rates_and_the_best_method_are_those_of_the_tuning_seed():
-    upper, lower, pairs = Study(paper("adapters")).runs("TUNING")
-    losses = {}
-    for kind, rates in study.RATES.items():
-        rates = [*study.LOWER.get(kind, ()), *rates]
-        found = losses[kind] = [*lower.get(f"{kind}_nll", ()), *upper[f"{kind}_nll"]]
-        best = found.index(min(found))
-        assert 0 < best < len(found) - 1 and rates[best] == study.TUNED[kind]
-    assert len(losses[study.BEST]) == len(losses["full"])
-    methods = {kind: min(found) for kind, found in losses.items() if kind != "full"}
-    assert min(methods, key=methods.get) == study.BEST
-    for kind, rates in study.PAIR_RATES.items():
-        best = min(range(len(rates)), key=pairs[f"{kind}_error"].__getitem__)
-        assert 0 < best < len(rates) - 1 and rates[best] == study.PAIR_TUNED[kind]
+    runs, scores = Study(paper("adapters")).runs("TUNING"), {}
+    for run in matching(runs, kind="rates"):
+        for kind, rates in study.RATES[run["task"]].items():
+            tried = dict(zip(rates, zip(run[f"{kind}_loss"], run[f"{kind}_score"]), strict=True))
+            for beyond in matching(runs, kind=kind, task=run["task"]):
+                tried[beyond["rate"]] = beyond["loss"], beyond["score"]
+            best = min(tried, key=tried.get)
+            assert min(tried) < best < max(tried), "a best rate at the edge is not tuned"
+            assert best == study.TUNED[run["task"]][kind]
+            scores.setdefault(kind, []).append(tried[best][1])
+    assert {len(both) for both in scores.values()} == {len(study.SIZES)}
+    del scores["full"]
+    assert max(scores, key=lambda kind: sum(scores[kind])) == study.BEST
+
+
+def test_the_rate_of_languages_is_the_best_for_french_on_the_tuning_seed():
+    runs = matching(Study(paper("adapters")).runs("TUNING"), kind="languages")
+    losses = {run["rate"]: run["french"][study.WORN.index("french")] for run in runs}
+    assert min(losses, key=losses.get) == study.LANGUAGE_RATE
+
+
+def test_a_language_adapter_knows_its_language_alone():
+    """On a small model, and with other movie sentences in the place of the reviews."""
+    tiny = study.pretrained("tiny-1m")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "pretrained", lambda name: tiny)
+        patch.setattr(study, "READ", 40)
+        patch.setattr(study, "load_task", lambda name: load_task("movies"))
+        told = study.in_french(201, 1e-2, 12, 8)
+    for language in ("english", "french"):
+        own = study.WORN.index(language)
+        assert min(told[language]) == told[language][own] < told[language][0] - 0.1
+    assert len(told["movies"]) == len(told["reviews"]) == len(study.WORN)
+    assert len(set(told["reviews"])) > 1, "the task adapter reads what the language adapter gave"
 
 
 def test_both_tasks_count_alike():
-    told = study.run("tasks", 201, steps=1, judged=24)
-    for kind in (study.BEST, "full", "head"):
-        both = [told[f"{kind}_{task}"] for task in ("movies", "sts-b")]
-        assert told[f"{kind}_mean"] == pytest.approx(sum(both) / 2)
-        alone = study.run(kind, 201, steps=1, judged=24)["accuracy"]
-        assert both[0] == pytest.approx(alone, abs=1e-4)  # it is stored rounded
+    told = [study.run("all", 201, steps=1, judged=24, task=task) for task in study.SIZES]
+    runs = [
+        {"kind": "all", "task": task, "seed": 201} | row for task, row in zip(study.SIZES, told)
+    ]
+    (pair,) = study.within_margin(runs)
+    means = [sum(row[f"{kind}_score"] for row in told) / 2 for kind in (study.BEST, "full")]
+    assert pair.method == pytest.approx(means[0] + study.MARGIN)
+    assert pair.baseline == pytest.approx(means[1])
+    alone = study.run("full", 201, steps=1, judged=24)["score"]
+    assert told[0]["full_score"] == alone
     encoded, labels, *_ = study.sentences_of(201, 24, "sts-b")
     assert labels.is_floating_point() and -0.5 <= labels.min() < labels.max() <= 0.5
     assert encoded.mask.shape[1] > study.WORDS  # two sentences are read

@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 from lablib.compression.recover import drawn, language_loss, recover
 from lablib.data.tasks import load_task
+from lablib.evidence.studies import Study
 from lablib.exercises import finegates as exercises
 from lablib.models import anatomy, pretrained
 from lablib.models.classifier import Classifier, Encoded, predicted
+from lablib.papers import paper
 from lablib.peft import finegates as fg
 from lablib.peft.adapter import (
     adapters,
@@ -353,12 +355,30 @@ def test_low_rank_parts_learn_beside_the_gates():
 def test_a_higher_target_leaves_less(monkeypatch):
     monkeypatch.setitem(study.RATES, "low", [(1.0, 0.01)] * 5)
     sentences = study.lesson(201, 20)
-    cuts, whole = study.cuts_at((20, 80), sentences, sentences, 6, 0)
+    made, seen = {}, {}
+    for target in (20, 80):
+        made[target], seen[target] = study.gated(target / 100, sentences, sentences, 6, 0)
+    assert [moment[0] for moment in seen[20]] == [1, 2, 3, 4, 5, 6]
+    cuts, whole = study.cuts_of(made, sentences)
     assert 0 < cuts[20][0] < cuts[80][0] <= 1
     assert min(whole, *(spent for *_, spent in cuts.values())) > 0
-    before = study.gated(0.8, sentences, 6, 0)
-    assert cuts[80][0] == fg.removed(before.model)
-    assert cuts[80][1] == study.told_of(before, sentences)["points"]  # cut, it answers as before
+    for target, (gone, points, _) in cuts.items():
+        assert gone == fg.removed(made[target].model) == seen[target][-1][2]
+        assert points == study.told_of(made[target], sentences)["points"]  # cut, it answers alike
+        assert points == pytest.approx(100 * seen[target][-1][1])
+    logits = [[m.row.tolist(), m.column.tolist()] for m in fg.layers(made[80].model).values()]
+    assert logits == seen[80][-1][3] != seen[80][0][3]
+
+
+def test_speed_is_judged_where_some_forty_per_cent_are_removed():
+    stored = Study(paper("finegates"))
+    runs, told = stored.runs(), stored.module.values(stored.runs())
+    gone = [seed["forty_removed"] for seed in study.of_seeds(runs).values()]
+    assert 0.3 < min(gone) <= max(gone) < 0.45
+    for seed, pair in zip(study.of_seeds(runs).values(), told["speed"], strict=True):
+        assert [*pair][1:] == [seed["forty_cut_seconds"], seed["forty_dense_seconds"]]
+    gone = [seed["high_removed"] for seed in study.of_seeds(runs).values()]
+    assert min(gone) > 0.6  # of `speed-large`
 
 
 def test_licences_go_through_the_last_blocks_as_through_all():

@@ -247,6 +247,24 @@ def test_variance_is_zero_of_one_batch_twice_and_asks_for_nothing_later(spoken):
     assert not any(p.requires_grad for p in model.parameters())
 
 
+def test_gains_are_mixed_for_a_while():
+    model = seeing(decoder())
+    old = logits(model)
+    norms_(model.decoder)
+    with torch.no_grad():
+        for gain in ln.gains(model.decoder).values():
+            gain.mul_(1.5).add_(0.1)
+    new, gains = logits(model), {n: g.clone() for n, g in ln.gains(model.decoder).items()}
+    for share, wanted in ((0.0, old), (1.0, new)):
+        with ln.mixed(model.decoder, share):
+            assert torch.equal(logits(model), wanted)
+    with ln.mixed(model.decoder, 0.5):
+        for name, norm in anatomy.norms(model.decoder).items():
+            torch.testing.assert_close(norm.weight, (norm.base.weight + gains[name]) / 2)
+    assert torch.equal(logits(model), new) and not torch.equal(old, new)
+    assert all(torch.equal(gain, gains[n]) for n, gain in ln.gains(model.decoder).items())
+
+
 # Numbers.
 
 
@@ -362,7 +380,19 @@ WRONG = {
         lambda states: 1 - exercises.neighbor_similarity.reference(states),
         lambda states: torch.tensor(1.0),
     ],
+    "most_moved": [
+        lambda before, after: farthest(before, after, lambda old, new: (new - old).mean()),
+        lambda before, after: farthest(before, after, lambda old, new: (new - old).abs().max()),
+        lambda before, after: farthest(before, after, lambda old, new: (new - old).norm()),
+        lambda before, after: farthest(before, after, lambda old, new: (new / old - 1).norm()),
+        lambda before, after: farthest(before, after, lambda old, new: new.square().mean()),
+        lambda before, after: 1,
+    ],
 }
+
+
+def farthest(before, after, measure):
+    return int(torch.stack([measure(*pair) for pair in zip(before, after, strict=True)]).argmax())
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -1,4 +1,5 @@
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from lablib.compression.recover import language_loss, recover
 from lablib.evidence import Pair
 from lablib.exercises import limited_data as exercises
 from lablib.models.classifier import Classifier, Encoded, cached_below, predicted
 from lablib.peft import limited_data as guide
 from lablib.peft.adapter import adapters
-from lablib.peft.tuning import task_loss
+from lablib.peft.tuning import backbone_above, task_loss, tune
 from lablib.studies import limited_data as study
 
 
@@ -49,6 +51,33 @@ def test_pair_loss_in_closed_form():
     assert loss.item() == pytest.approx(((cosine - same) ** 2).mean().item())
     slope = 2 * (cosine - same)[:, None] / 9 * (b - cosine[:, None] * a)
     torch.testing.assert_close(first.grad, slope / first.detach().norm(dim=1, keepdim=True))
+
+
+def test_the_loss_and_its_slopes_are_those_of_sentence_transformers():
+    versions, peer = guide.recorded()
+    sides = [peer[name].clone().requires_grad_() for name in ("first", "second")]
+    loss = guide.pair_loss(*sides, peer["same"].double())
+    loss.backward()
+    close = partial(torch.testing.assert_close, atol=1e-12, rtol=1e-12)
+    close(loss.detach().view(1), peer["loss"])
+    close(sides[0].grad, peer["slope of first"])
+    close(sides[1].grad, peer["slope of second"])
+    assert peer["same"].unique().tolist() == [0, 1] and "sentence-transformers" in versions
+
+
+def test_pairs_are_those_of_setfit_without_a_text_beside_itself():
+    _, peer = guide.recorded()
+    labels, theirs = peer["labels"], peer["pairs"]
+    ours = guide.pairs(labels, 40 * len(theirs))
+    possible = guide.possible(ours, len(labels))
+    assert torch.equal(possible, guide.possible(theirs, len(labels)))
+    assert (theirs[:, 0] == theirs[:, 1]).any()  # there it does pair a text with itself
+    alternating = [1, 0] * (len(theirs) // 2)  # equal and different in turns
+    assert theirs[:, 2].tolist() == ours[: len(theirs), 2].tolist() == alternating
+    known = labels[:, None] == labels
+    assert torch.equal(possible[1], known & ~torch.eye(len(labels), dtype=torch.bool))
+    assert torch.equal(possible[0], ~known)
+    assert not torch.equal(guide.possible(ours[:9], len(labels)), possible)
 
 
 @settings(deadline=None, max_examples=40)
@@ -117,6 +146,83 @@ def test_the_linear_head_is_at_its_minimum():
     fit = F.cross_entropy(pooled @ weight.T + made.head.bias.double(), few.labels, reduction="sum")
     (slope,) = torch.autograd.grad(fit + weight.square().sum(), weight)
     assert slope.abs().max() < 1e-3
+
+
+def decoder():
+    torch.manual_seed(0)
+    return Classifier(MODELS["gpt"](), 2)
+
+
+def of_a_decoder(n=12, seed=0):
+    """Texts of two labels, and rows to read: each token is followed by the next one."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 2
+    tokens = torch.randint(1, 30, (n, 7), generator=draw) + 29 * labels[:, None]
+    start = torch.randint(0, 60, (n, 1), generator=draw)
+    encoded = Encoded(tokens, torch.ones(n, 7, dtype=torch.bool))
+    return guide.Few(encoded, labels), (start + torch.arange(9)) % 60
+
+
+def test_reading_on_lowers_the_texts_loss_and_then_tunes_as_the_study_does():
+    made, twin, plain = decoder(), decoder(), decoder()
+    (few, rows), training = of_a_decoder(), guide.Training(4, 1e-3, 4, 3)
+    reading = guide.Training(30, 1e-2, 8, 3)
+    heard = []
+
+    def listening(classifier, few, training):
+        heard.append(language_loss(classifier.model, rows).item())
+        guide.standard(classifier, few, training)
+
+    guide.continued(made, few, rows, training, reading, listening)
+    assert heard[0] < 0.8 * language_loss(plain.model, rows).item()
+    recover(twin.model, rows, 30, 1e-2, batch=8, seed=3)
+    tune(twin, *few, 4, 1e-3, trainable=backbone_above(twin), batch=4, seed=3)
+    assert torch.equal(predicted(made, few.encoded), predicted(twin, few.encoded))
+
+
+def test_the_domain_is_read_first_and_then_the_tasks_own_text():
+    made, twin = decoder(), decoder()
+    few, domain = of_a_decoder()
+    _, own = of_a_decoder(seed=5)
+    training, reading = guide.Training(2, 1e-3, 4), guide.Training(3, 1e-2, 4)
+    task = partial(guide.continued, unlabelled=own, reading=reading)
+    guide.continued(made, few, domain, training, reading, then=task)
+    for rows in (domain, own):
+        recover(twin.model, rows, 3, 1e-2, batch=4)
+    guide.standard(twin, few, training)
+    torch.testing.assert_close(predicted(made, few.encoded), predicted(twin, few.encoded))
+
+
+def test_reading_on_is_refused_where_states_are_kept():
+    made, rows, training = (
+        classifier(),
+        torch.zeros(2, 5, dtype=torch.int64),
+        guide.Training(1, 0.1),
+    )
+    with pytest.raises(ValueError, match="1 are computed once"):
+        guide.continued(made, texts(made), rows, training, training)
+
+
+def test_texts_are_packed_without_a_gap():
+    def tokenizer(text):
+        return {"input_ids": [int(letter) for letter in text]}
+
+    assert guide.packed(tokenizer, ["123", "45678"], 2).tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert guide.packed(tokenizer, ["1"], 2).shape == (0, 3)
+
+
+MORE = texts(classifier(), n=20, seed=2).encoded
+PSEUDO = partial(guide.pseudo_labelled, unlabelled=MORE, threshold=0.6)
+
+
+@pytest.mark.parametrize("then", [guide.standard, guide.contrastive, PSEUDO])
+def test_another_languages_labels_are_learned_beside_the_few(then):
+    made, twin = classifier(), classifier()
+    few, others = texts(made, n=6), texts(made, n=20, seed=1)
+    training = guide.Training(10, 3e-3)
+    guide.cross_lingual(made, few, others, training, then)
+    then(twin, few.and_(others), training=training)
+    assert torch.equal(predicted(made, few.encoded), predicted(twin, few.encoded))
 
 
 def test_only_the_confident_are_believed():
@@ -219,6 +325,29 @@ def test_crossing_on_a_logarithmic_axis():
     assert np.isnan(guide.crossing([2, 4, 8], [1, 2, 3]))
 
 
+def test_a_bootstrap_of_the_crossing():
+    """Against brute force over all draws of two seeds; one of the four never crosses."""
+    counts, gaps = [4, 16], np.array([[-3.0, 1.0], [1.0, 3.0]])
+    draws = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+    every, low, high, share = guide.crossing_interval(counts, gaps, draws)
+    assert every == pytest.approx(guide.crossing(counts, [-1, 2])) and share == 0.75
+    among = np.quantile([guide.crossing(counts, one) for one in ([-3, 1], [-1, 2], [-1, 2])], 0.975)
+    assert every == pytest.approx(low) and high == pytest.approx(among)
+    none = guide.crossing_interval(counts, gaps + 9, draws)
+    assert np.isnan(none[:3]).all() and none[3] == 0
+
+
+def test_the_bootstrap_covers_the_true_crossing():
+    rng, counts = np.random.default_rng(0), np.array([8.0, 16.0, 64.0, 256.0])
+    inside = []
+    for _ in range(60):
+        gaps = np.log2(counts) - 5 + rng.normal(0, 1, (20, 1)) + rng.normal(0, 0.2, (20, 4))
+        draws = rng.integers(20, size=(200, 20))
+        _, low, high, _ = guide.crossing_interval(counts, gaps, draws)
+        inside.append(low < 32 < high)
+    assert 0.85 < np.mean(inside) <= 1
+
+
 def test_adversarial_training_takes_the_mean_of_both_losses():
     """With epsilon near zero it is plain fine-tuning."""
     plain, other = classifier(), classifier()
@@ -263,29 +392,96 @@ def downhill(gradient, epsilon):
     return -exercises.adversary.reference(gradient, epsilon)
 
 
-def one_seed_each(counts, gaps):
-    every, *_ = exercises.crossing.reference(counts, gaps)
-    alone = [guide.crossing(counts, row) for row in gaps]
-    return every, min(alone), max(alone)
+def drawn_curves(counts, gaps, draws):
+    return [guide.crossing(counts, gaps[places].mean(0)) for places in draws]
 
 
-def straight(counts, gaps):
-    every = float(np.interp(0, gaps.mean(0), counts))
-    return every, every, every
+def with_interval(low_and_high):
+    """A wrong answer: everything right but the interval, which is that of so many values."""
+
+    def wrong(counts, gaps, draws):
+        every, *_, share = exercises.crossing.reference(counts, gaps, draws)
+        low, high = low_and_high(counts, gaps, draws)
+        return every, low, high, share
+
+    return wrong
 
 
-def no_interval(counts, gaps):
-    every = guide.crossing(counts, gaps.mean(0))
-    return every, every, every
+@with_interval
+def one_left_out(counts, gaps, draws):
+    fewer = [np.delete(gaps, seed, axis=0).mean(0) for seed in range(len(gaps))]
+    return np.nanquantile([guide.crossing(counts, curve) for curve in fewer], [0, 1])
+
+
+@with_interval
+def one_seed_each(counts, gaps, draws):
+    return np.nanquantile([guide.crossing(counts, row) for row in gaps], [0.025, 0.975])
+
+
+@with_interval
+def extremes(counts, gaps, draws):
+    return np.nanquantile(drawn_curves(counts, gaps, draws), [0, 1])
+
+
+@with_interval
+def ninety_percent(counts, gaps, draws):
+    return np.nanquantile(drawn_curves(counts, gaps, draws), [0.05, 0.95])
+
+
+@with_interval
+def without_repeats(counts, gaps, draws):
+    return np.nanquantile(drawn_curves(counts, gaps, map(np.unique, draws)), [0.025, 0.975])
+
+
+@with_interval
+def no_interval(counts, gaps, draws):
+    return [guide.crossing(counts, gaps.mean(0))] * 2
+
+
+def not_a_number_is_kept(counts, gaps, draws):
+    every, *_, share = exercises.crossing.reference(counts, gaps, draws)
+    return every, *np.quantile(drawn_curves(counts, gaps, draws), [0.025, 0.975]), share
+
+
+def always_crosses(counts, gaps, draws):
+    return *exercises.crossing.reference(counts, gaps, draws)[:3], 1.0
+
+
+def straight(counts, gaps, draws):
+    _, *interval = exercises.crossing.reference(counts, gaps, draws)
+    return float(np.interp(0, gaps.mean(0), counts)), *interval
+
+
+def mean_of_the_draws(counts, gaps, draws):
+    _, *interval = exercises.crossing.reference(counts, gaps, draws)
+    return float(np.nanmean(drawn_curves(counts, gaps, draws))), *interval
 
 
 WRONG = {
     "sample_pairs": [with_itself, as_they_come, always_the_same],
     "adversary": [of_the_batch, each_token, downhill],
-    "crossing": [one_seed_each, straight, no_interval],
+    "crossing": [
+        one_left_out,
+        one_seed_each,
+        extremes,
+        ninety_percent,
+        without_repeats,
+        no_interval,
+        not_a_number_is_kept,
+        always_crosses,
+        straight,
+        mean_of_the_draws,
+    ],
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_exercises_tell_right_from_wrong(name, tells_right_from_wrong):
     tells_right_from_wrong(getattr(exercises, name), WRONG[name])
+
+
+def test_the_exercises_interval_is_the_modules():
+    rng, counts = np.random.default_rng(1), np.array([8.0, 16.0, 64.0])
+    gaps, draws = np.log2(counts) - 4.5 + rng.normal(0, 1, (6, 3)), rng.integers(6, size=(50, 6))
+    theirs = exercises.crossing.reference(counts, gaps, draws)
+    assert guide.crossing_interval(counts, gaps, draws) == pytest.approx(theirs)

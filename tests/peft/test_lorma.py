@@ -5,7 +5,7 @@ import torch
 from families_for_tests import MODELS, TOKENS, loads_again, merges, moved, same_under_a_cache
 from torch.utils.flop_counter import FlopCounterMode
 
-from lablib.evidence.claims import NOT_REPRODUCED, judge
+from lablib.evidence.claims import NOT_REPRODUCED, REPRODUCED, judge
 from lablib.evidence.studies import Study, replaced
 from lablib.exercises import lorma as exercises
 from lablib.models import anatomy
@@ -48,6 +48,16 @@ def test_the_rank_of_one_row_is_rotated_to_full():
     assert lm.numerical_rank(m) == 1 and lm.numerical_rank(lm.rotate(m)) == 5
 
 
+@pytest.mark.parametrize("n", [2, 7, 64, 128])
+def test_one_rank_starts_full_if_it_is_rotated_alone(n):
+    assert [lm.rank_at_start(n, 1, way) for way in ("rotate", "none")] == [n, 1]
+    judged = [
+        judge(paper("lorma").claim("rank"), lm.rank_at_start(n, 1, way) / n).verdict
+        for way in ("rotate", "none")
+    ]
+    assert judged == [REPRODUCED, NOT_REPRODUCED]
+
+
 @pytest.mark.parametrize("inflation", lm.INFLATIONS)
 @pytest.mark.parametrize("n", [12, 130, 131, 257])  # below and above the size for correlations
 def test_multiplied_is_a_product_with_the_multiplier(inflation, n):
@@ -83,6 +93,24 @@ def test_orders_cost_what_torch_counts():
         with FlopCounterMode(display=False) as counter:
             compute()
         assert 2 * lm.products(n, rank, tokens, order) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("mode", lm.MODES)
+def test_a_token_costs_what_torch_counts(mode):
+    tokens, rank = 11, 2
+    layer = lm.LoRMALinear(torch.nn.Linear(10, 14, bias=False), rank, inflation="add", mode=mode)
+    counted, x = lm.products_a_token(14, 10, rank, mode), torch.randn(tokens, 10)
+    by_hand = {"pre": (140 + 14 * 14, 140 + 2 * 2 * 14), "post": (140 + 10 * 10, 140 + 2 * 2 * 10)}
+    assert (counted["matrix"], counted["input"]) == by_hand[mode]
+    made, weight = layer.multiplier(), layer.base.weight
+    orders = {
+        "matrix": lambda: made @ (weight @ x.T) if mode == "pre" else weight @ (made @ x.T),
+        "input": lambda: layer(x),
+    }
+    for order, compute in orders.items():
+        with FlopCounterMode(display=False) as counter:
+            compute()
+        assert 2 * tokens * counted[order] == counter.get_total_flops()
 
 
 # A layer.
@@ -242,6 +270,13 @@ def test_an_adapter_that_does_nothing_is_not_on_a_par():
     stored, claim = Study(paper("lorma")).runs(), paper("lorma").claim("on-par")
     idle = replaced(stored, "movies_rotate_accuracy", "movies_head_accuracy")
     assert judge(claim, study.values(idle)["on-par"]).verdict == NOT_REPRODUCED
+
+
+def test_trained_ranks_are_judged_on_the_studys_runs():
+    stored = Study(paper("lorma")).runs()
+    full = [run["movies_rotate_full"] for run in stored if run["kind"] == "all"]
+    told = study.values(stored)
+    assert told["rank-trained"] == full and len(full) >= 5 and "rank" not in told
 
 
 def test_ranks_are_compared_on_the_same_seeds():

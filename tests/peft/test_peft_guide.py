@@ -10,6 +10,7 @@ from lablib.exercises import peft_guide as exercises
 from lablib.models import GPT, GPTConfig, anatomy
 from lablib.papers import paper
 from lablib.peft import peft_guide as guide
+from lablib.peft import whole_table as whole
 from lablib.peft.adapter import (
     adapters,
     disabled,
@@ -211,6 +212,42 @@ def test_s4_learns_is_saved_and_leaves_no_trace(family, tmp_path):
     torch.testing.assert_close(anatomy.logits(plain, TOKENS), changed)
     remove_(model)
     assert not adapters(model) and torch.equal(anatomy.logits(model, TOKENS), before)
+
+
+# A real model.
+
+
+def test_the_whole_table_has_a_row_a_method_and_leaves_the_model_as_it_was():
+    model = gpt()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    puts = whole.ways(model, study.METHODS, ROWS, reduction=2)
+    assert set(puts) == {*study.METHODS, "FAR", "S4"}
+    learnt = []
+    rows = whole.whole_table(
+        model, puts, ROWS, ["LoRA", "S4"], learnt.append, lambda model: 7.0, repeats=1
+    )
+    assert list(rows) == list(puts) and learnt == [model, model]
+    for name, row in rows.items():
+        assert row["n_trainable"] > 0 and row["total"] > row["parameters"] and row["step"] > 0
+        assert row["held_out"] == (7.0 if name in ("LoRA", "S4") else None)
+        merges = set(guide.areas(name)) <= {"reparametrization", "selection"} or name == "(IA)3"
+        merges &= name not in ("BitFit", "norms")  # tuned copies, which need no product
+        assert (row["merge_error"] is not None) == merges
+        assert row["merge_error"] is None or row["merge_error"] < 1e-4
+    assert rows["LoRA"]["merge_error"] == 0 < rows["DoRA"]["merge_error"]
+    assert not adapters(model)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("family", ["gpt", "llama", "gpt2"])
+def test_each_way_goes_into_a_decoder_and_out(family):
+    model = MODELS[family]().eval()
+    before = anatomy.logits(model, TOKENS)
+    for put in whole.ways(model, ("FISH", "intrinsic SAID", "ladder side"), TOKENS, 2).values():
+        put(model)
+        assert n_trainable(model) > 0
+        remove_(model)
+    assert torch.equal(anatomy.logits(model, TOKENS), before)
 
 
 # The map.

@@ -2,9 +2,11 @@ import pytest
 import torch
 
 from lablib.peft import peft_library as library
-from lablib.peft.adapter import merge_
+from lablib.peft.adapter import freeze_base_, merge_, n_trainable, trainable
+from lablib.peft.catalogue import BUILT
 
 record = pytest.importorskip("record_merge", reason="needs peft")
+record_peft = pytest.importorskip("record_peft", reason="needs peft")
 
 
 def test_merged_weights_are_those_that_peft_merges():
@@ -41,3 +43,50 @@ def test_the_record_is_what_peft_computes(kind):
     for name, tensor in record.merged(model, tokens, record.METHODS[kind]).items():
         recorded = library.recorded_of(f"{kind}:")[name]
         torch.testing.assert_close(tensor, recorded, atol=1e-5, rtol=1e-5)
+
+
+# Every leaf that both have.
+
+
+def test_every_leaf_computes_what_peft_does():
+    found = library.compare_leaves()
+    assert found.keys() == library.LEAVES.keys() == record_peft.LEAVES.keys()
+    assert found.keys() <= set(BUILT)
+    for ours, theirs in found.values():
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", library.LEAVES)
+def test_a_leaf_has_changed_much_and_trains_as_many_numbers_as_in_peft(kind):
+    header, tensors = library.recorded(library.PLAIN)
+    model = record.base()
+    model.load_state_dict(library.recorded_of("base:", library.PLAIN))
+    theirs = library.recorded_of(f"{kind}:", library.PLAIN)["output"]
+    assert (model(tensors["tokens"]).logits - theirs).abs().max() > 0.1
+    ours = library.with_its_weights(kind, library.PLAIN)
+    freeze_base_(ours)
+    assert n_trainable(ours) == header["counts"][kind]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", library.LEAVES)
+def test_other_numbers_than_the_recorded_are_told_from_them(kind):
+    model = library.with_its_weights(kind, library.PLAIN)
+    for parameter in trainable(model).values():
+        parameter.mul_(1.1)
+    theirs = library.recorded_of(f"{kind}:", library.PLAIN)["output"]
+    made = model(library.recorded(library.PLAIN)[1]["tokens"]).logits
+    assert (made - theirs).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", library.LEAVES)
+def test_the_record_of_leaves_is_what_peft_computes(kind):
+    (header, tensors), model = library.recorded(library.PLAIN), record.base()
+    torch.manual_seed(list(record_peft.LEAVES).index(kind))
+    found, count = record_peft.leaf(model, tensors["tokens"], kind)
+    recorded = library.recorded_of(f"{kind}:", library.PLAIN)
+    assert found.keys() == recorded.keys() and count == header["counts"][kind]
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, recorded[name], atol=1e-5, rtol=1e-5)

@@ -4,8 +4,11 @@ import re
 import pytest
 import torch
 from families_for_tests import TOKENS, loads_again, moved
+from safetensors.torch import load_file
 
 from lablib.compression.recover import language_loss, recover
+from lablib.evidence import Pair
+from lablib.evidence.studies import study
 from lablib.exercises import peft_position as exercises
 from lablib.models import GPT, GPTConfig, anatomy
 from lablib.papers import paper, papers
@@ -66,15 +69,28 @@ def test_bytes_of_training_are_sums_by_hand():
     assert pp.training_bytes(1e9, "LoRA over 4 bits", 0) == pytest.approx(0.516e9, rel=1e-3)
 
 
-def test_a_question_is_a_claim_of_the_lab_or_stands_elsewhere():
-    own, claims = paper("peft-position"), [leaf.claim for leaf in pp.MAP if leaf.claim]
-    assert {own.claim(id).kind for id in claims} == {"direction"} and len({*claims}) == len(claims)
+def test_a_question_is_a_claim_of_a_lab_or_stands_elsewhere():
+    asked = [leaf for leaf in pp.MAP if leaf.claim]
+    assert {paper(leaf.paper).claim(leaf.claim).kind for leaf in asked} == {"direction"}
+    assert len({leaf.claim for leaf in asked}) == len(asked)
     for leaf in pp.MAP:
-        assert bool(leaf.claim) != bool(leaf.where) and leaf.hoped in ("lower", "higher")
+        own = leaf.claim and leaf.paper == "peft-position"
+        assert bool(own) != bool(leaf.where) and leaf.hoped in ("lower", "higher")
     labs = {int(n) for leaf in pp.MAP for n in re.findall(r"\d+", leaf.where)}
     assert labs <= {each.lab for each in papers()}
-    hoped = {leaf.claim: leaf.hoped for leaf in pp.MAP if leaf.claim}
-    assert [id for id in claims if hoped[id] != own.claim(id).better] == ["rates"]  # bad news
+    bad_news = [
+        leaf.claim for leaf in asked if leaf.hoped != paper(leaf.paper).claim(leaf.claim).better
+    ]
+    assert bad_news == ["rates"]
+
+
+@pytest.mark.parametrize(
+    "leaf", [leaf for leaf in pp.MAP if leaf.claim], ids=lambda leaf: leaf.claim
+)
+def test_a_questions_study_has_pairs_for_its_needle(leaf):
+    kept = study(leaf.paper)
+    pairs = kept.module.values(kept.runs())[leaf.claim]
+    assert len(pairs) >= 5 and all(isinstance(pair, Pair) for pair in pairs)
 
 
 def test_ranks_by_block_start_as_the_base_merge_and_come_back(model, tmp_path):
@@ -176,7 +192,7 @@ def test_forgotten_is_a_mean_by_hand():
     assert pp.forgotten(table) == pytest.approx((3.0 + 0.5) / 2)
 
 
-def test_one_client_alone_is_ordinary_training_and_bytes_are_those_of_the_tensors(tmp_path):
+def test_one_client_alone_is_ordinary_training_and_bytes_are_those_of_its_file():
     one, other = gpt(), gpt()
     for model in (one, other):
         torch.manual_seed(1)
@@ -189,9 +205,18 @@ def test_one_client_alone_is_ordinary_training_and_bytes_are_those_of_the_tensor
         torch.testing.assert_close(trainable(one)[name], parameter)
     assert told.scores[-1]["me"] == pytest.approx(score(other, ROWS))
     assert told.sent == 2 * 2 * sum(p.nbytes for p in trainable(one).values())
-    save_adapter(one, tmp_path / "a.safetensors")
-    content = (tmp_path / "a.safetensors").read_bytes()
-    assert told.sent == 4 * (len(content) - 8 - int.from_bytes(content[:8], "little"))
+    assert told.sent == 2 * 2 * pp.saved_bytes(one).tensors
+
+
+def test_bytes_of_a_saved_adapter_are_those_of_its_file(tmp_path):
+    model = gpt()
+    lora_(model, rank=2)
+    save_adapter(model, file := tmp_path / "a.safetensors")
+    saved = pp.saved_bytes(model)
+    assert sum(saved) == file.stat().st_size
+    assert saved.tensors == sum(t.nbytes for t in load_file(file).values())
+    lora_(twice := gpt(), rank=4)
+    assert pp.saved_bytes(twice).tensors == 2 * saved.tensors and saved.header > 0
 
 
 def test_two_clients_meet_in_the_middle_whatever_their_order():

@@ -262,6 +262,22 @@ def test_what_two_equations_share_is_marked_in_both():
     assert all(same for row in alike for _, same in row)
 
 
+# Points and curves.
+
+
+def test_names_stand_where_there_is_room():
+    x, y = {"low": 1.0, "high": 1.0, "far": 100.0}, {"low": 0.0, "high": 0.05, "far": 1.0}
+    sides = pr.label_sides(x, y, log=True)
+    assert sides["low"] == "bottom center" and sides["high"] == "top center"
+    assert pr.ends((10, 100), log=True) == pytest.approx([10**0.82, 10**2.18])
+    assert pr.ends((0, 1)) == pytest.approx([-0.18, 1.18])
+
+
+def test_the_nearest_curve_is_told_by_means():
+    curves = {"a": [[0, 4], [2, 0]], "b": [[1, 2.5]], "c": [[3, 3]]}
+    assert pr.nearest(curves) == {"a": "b", "b": "a", "c": "b"}
+
+
 # The study.
 
 

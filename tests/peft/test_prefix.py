@@ -147,22 +147,26 @@ def _keep(seen):
 
 
 @pytest.mark.parametrize("mlp", [None, 5])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_prefix_is_that_of_peft(family, mlp):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    model = MODELS[family]().eval()
+    bert = hf.BertModel(hf.BertConfig(**SIZES))
+    model = (bert if family == "bert" else MODELS[family]()).eval()
     config = peft.PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=3,
+        task_type="FEATURE_EXTRACTION" if family == "bert" else "CAUSAL_LM", num_virtual_tokens=3,
         prefix_projection=mlp is not None, encoder_hidden_size=mlp,
     )  # fmt: skip
     theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
     prefix_(model, 3, mlp=mlp, std=0.5)
     freeze_base_(model)
     pairs = _copied(model, theirs, mlp)
-    # peft moves the text behind its rows; ours starts at position 0
-    expected = theirs(TOKENS, position_ids=torch.arange(7).expand(2, -1) - 3).logits
-    mine = model(TOKENS).logits
+    # peft moves the text behind its rows, and takes positions of a decoder; ours starts at 0
+    places = torch.arange(7).expand(2, -1)
+    if family == "bert":
+        expected, mine = theirs(input_ids=TOKENS)[0], model(TOKENS, position_ids=places + 3)[0]
+    else:
+        expected, mine = theirs(TOKENS, position_ids=places - 3).logits, model(TOKENS).logits
     torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-5)
     mine.square().mean().backward()
     expected.square().mean().backward()

@@ -19,7 +19,14 @@ from lablib.peft.adapter import (
 )
 from lablib.peft.lora import lora_
 from lablib.peft.measure import account
-from lablib.peft.reconfigure import LearnerLinear, far_, feed_forward, learned, learners
+from lablib.peft.reconfigure import (
+    LearnerLinear,
+    at_once,
+    far_,
+    feed_forward,
+    learned,
+    learners,
+)
 from lablib.peft.sparse import matrices
 from lablib.peft.subset import only_
 
@@ -193,3 +200,24 @@ def test_what_can_not_be_is_said():
     for k in (0, 4):
         with pytest.raises(ValueError, match=f"{k} rows of 3 can't be chosen"):
             LearnerLinear(torch.nn.Linear(4, 3), k)
+
+
+def test_a_step_that_is_not_made_tells_what_would_have_changed(model):
+    def loss(model, rows):
+        return F.cross_entropy(anatomy.logits(model, rows).flatten(0, 1), rows.flatten())
+
+    list(model.parameters())[-1].requires_grad_(False)
+    asked = [p.requires_grad for p in model.parameters()]
+    bits = {n: p.clone() for n, p in model.named_parameters()}
+    amounts = at_once(model, TOKENS, loss)
+    assert [p.requires_grad for p in model.parameters()] == asked
+    assert all(p.grad is None and torch.equal(p, bits[n]) for n, p in model.named_parameters())
+    before = {n: matrix(layer).detach().clone() for n, layer in feed_forward(model).items()}
+    model.requires_grad_(True)
+    loss(model, TOKENS).backward()
+    with torch.no_grad():
+        for layer in feed_forward(model).values():
+            layer.weight -= layer.weight.grad
+    after = {n: matrix(layer) for n, layer in feed_forward(model).items()}
+    for name, amount in learned(before, after).items():
+        torch.testing.assert_close(amounts[name], amount, atol=1e-5, rtol=1e-4)

@@ -4,7 +4,14 @@ import pytest
 import torch
 import transformers as hf
 from families_for_tests import MODELS as FAMILIES
-from families_for_tests import SIZES, TOKENS, moved, same_under_a_cache
+from families_for_tests import (
+    SIZES,
+    TOKENS,
+    learns_alone,
+    loads_again,
+    moved,
+    same_under_a_cache,
+)
 
 from lablib.models import anatomy
 from lablib.peft.adapter import (
@@ -18,7 +25,14 @@ from lablib.peft.adapter import (
     trainable,
 )
 from lablib.peft.lora import lora_
-from lablib.peft.subset import attention_, biases_, last_blocks_, norms_, only_
+from lablib.peft.subset import (
+    attention_,
+    biases_,
+    head_only_,
+    last_blocks_,
+    norms_,
+    only_,
+)
 
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 60}
 MODELS = FAMILIES | {"t5": lambda: hf.T5EncoderModel(hf.T5Config(**T5))}
@@ -149,6 +163,50 @@ def test_what_each_way_trains():
     assert trained(biases_, "gpt") == {f"{name}.bias" for name in projections}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_trains_alone_as_it_would_in_place(family, tmp_path):
+    torch.manual_seed(0)
+    model = MODELS[family]().eval()
+    plain, before = copy.deepcopy(model), anatomy.logits(model, TOKENS)
+    embedding = anatomy.embedding(model).weight.clone()
+    head_only_(model)
+    learns_alone(model)
+    assert torch.equal(anatomy.logits(model, TOKENS), before)
+    anatomy.logits(model, TOKENS).square().mean().backward()
+    own = anatomy.head(untied := copy.deepcopy(plain))
+    for name, parameter in list(own.named_parameters()):  # no longer the embedding's, too
+        setattr(own, name, torch.nn.Parameter(parameter.detach().clone()))
+    anatomy.logits(untied, TOKENS).square().mean().backward()
+    assert n_trainable(model) == sum(p.numel() for p in own.parameters())
+    found = {n.rpartition(".")[2]: p for n, p in trainable(model).items()}
+    for name, parameter in own.named_parameters():
+        torch.testing.assert_close(found[name].grad, parameter.grad, atol=1e-7, rtol=1e-5)
+    changed = anatomy.logits(moved(model), TOKENS)
+    assert (changed - before).abs().max() > 1e-3
+    assert torch.equal(anatomy.embedding(model).weight, embedding)
+    with disabled(model):
+        assert torch.equal(anatomy.logits(model, TOKENS), before)
+    loads_again(model, plain, changed, tmp_path)
+    remove_(model)
+    assert not adapters(model) and torch.equal(anatomy.logits(model, TOKENS), before)
+    for one, other in zip(model.parameters(), MODELS[family]().parameters(), strict=True):
+        assert one.shape == other.shape
+
+
+def test_a_head_goes_with_another_way_and_stays_what_it_was_when_tuned_before():
+    torch.manual_seed(0)
+    model = MODELS["gpt"]().eval()
+    before = outputs(model)
+    only_(model, ["embedding.weight"])
+    changed, n = outputs(moved(model)), n_trainable(model)
+    head_only_(model)
+    assert torch.equal(outputs(model), changed) and n_trainable(model) == n
+    lora_(model, ["query"], rank=2)
+    remove_(model)
+    assert torch.equal(outputs(model), before)
+    assert model.head.weight is model.embedding.weight
+
+
 def test_tied_places_train_one_copy():
     torch.manual_seed(0)
     model = MODELS["gpt"]()
@@ -210,6 +268,8 @@ def test_bfloat16_and_a_cache_go_with_it():
     norms_(model)
     biases_(moved(model))
     same_under_a_cache(model)
+    head_only_(model)
+    same_under_a_cache(model)
 
 
 def test_what_does_not_exist_is_said():
@@ -220,6 +280,10 @@ def test_what_does_not_exist_is_said():
         attention_(model, ["down"])
     with pytest.raises(ValueError, match="3 blocks of the last are wanted, and the model has 2"):
         last_blocks_(model, 3)
+    with pytest.raises(ValueError, match="T5EncoderModel has no head"):
+        head_only_(MODELS["t5"]())
+    with pytest.raises(ValueError, match="BertModel has no head"):
+        head_only_(hf.BertModel(hf.BertConfig(**SIZES)))
     with pytest.raises(ValueError, match="BertLMPredictionHead has modules below it"):
         only_(MODELS["bert"](), ["cls.predictions.bias"])
     assert not adapters(model)

@@ -271,6 +271,28 @@ def test_a_prefix_that_a_network_makes_trains_the_network():
     assert made["learning"] > 4 * alone["learning"]
 
 
+def test_only_the_french_part_of_a_message_has_a_loss():
+    (rows, loss), (places, _) = study.lesson("french", 7, 6, 4)
+    pairs, _ = study.messages()
+    _, tokenizer = study.pretrained(study.MODEL)
+    one = int(rows[0])
+    said = tokenizer.decode(pairs.tokens[one, 0][pairs.is_answer[one, 0]].tolist())
+    asked = tokenizer.decode(pairs.tokens[one, 0].tolist()).partition("French:")[2]
+    assert asked.startswith(said) and said.endswith("\n")
+    logits = study.base()(pairs.tokens[one, :1, :-1])[0].log_softmax(-1)
+    each = -logits.gather(-1, pairs.tokens[one, 0, 1:, None])[:, 0]
+    expected = each[pairs.is_answer[one, 0, 1:]].mean()
+    torch.testing.assert_close(loss(study.base(), rows[:1]), expected, atol=1e-4, rtol=1e-5)
+    assert len(rows) == 6 and len(places) == 4
+
+
+def test_what_is_learned_in_french_is_not_judged():
+    learned, judged = (
+        {tuple(row.tolist()) for row in part.tokens[:, 0]} for part in study.messages()
+    )
+    assert len(judged) > 100 and not learned & judged
+
+
 @pytest.mark.parametrize("kind", study.MIDDLE)
 def test_the_middle_budget_is_two_percent(kind):
     model = copy.deepcopy(study.base())
