@@ -5,10 +5,12 @@ import transformers as hf
 
 from lablib.models import GPT, GPTConfig, anatomy
 from lablib.peft.adapter import (
+    adapters,
     disabled,
     freeze_base_,
     load_adapter,
     merge_,
+    remove_,
     save_adapter,
     trainable,
     unmerge_,
@@ -64,6 +66,25 @@ def loads_again(model, plain, changed, folder):
     save_adapter(model, folder / "a.safetensors")
     load_adapter(plain, folder / "a.safetensors")
     assert torch.equal(anatomy.logits(plain, TOKENS), changed)
+
+
+def leaves_nothing(model, plain, before, folder, by=0.1):
+    """Moved, a method changes the logits; it is disabled, saved and removed without a trace."""
+    changed = anatomy.logits(moved(model, by), TOKENS)
+    assert changed.shape == before.shape and (changed - before).abs().max() > 1e-3
+    with disabled(model):
+        assert torch.equal(anatomy.logits(model, TOKENS), before)
+    loads_again(model, plain, changed, folder)
+    remove_(model)
+    assert not adapters(model) and torch.equal(anatomy.logits(model, TOKENS), before)
+
+
+def beside_peft(family):
+    """A model of a family that peft puts rows before, and what peft calls its task."""
+    torch.manual_seed(0)
+    if family == "bert":
+        return hf.BertForTokenClassification(hf.BertConfig(**SIZES)).eval(), "TOKEN_CLS"
+    return MODELS[family]().eval(), "CAUSAL_LM"
 
 
 def same_under_a_cache(model, atol=0.1):

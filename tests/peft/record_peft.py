@@ -13,6 +13,7 @@ import torch
 import transformers
 from peft.optimizers import create_lorafa_optimizer
 from record_merge import METHODS, SCALE, SIZES, WHERE, base
+from record_merge import OURS as MERGED
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
@@ -33,14 +34,7 @@ LEAVES = METHODS | {
     "prefix": peft.PrefixTuningConfig(**ROWS),
     "P-tuning": peft.PromptEncoderConfig(**ROWS, **WRITTEN),
 }
-OURS = {  # the end of its names -> lablib's
-    "lora_A.default.weight": "down",
-    "lora_B.default.weight": "up",
-    "lora_magnitude_vector.default.weight": "magnitude",
-    "vera_lambda_b.default": "b",
-    "vera_lambda_d.default": "d",
-    "lokr_w1.default": "a",
-    "lokr_w2.default": "b",
+OURS = MERGED | {  # the end of its names -> lablib's
     "lora_B.default": "left",
     "lora_E.default": "values",
     "lora_A.default": "right",

@@ -3,15 +3,20 @@ import copy
 import pytest
 import torch
 import transformers as hf
-from families_for_tests import MODELS, SIZES, TOKENS, learns_alone, loads_again, moved
+from families_for_tests import (
+    MODELS,
+    TOKENS,
+    beside_peft,
+    learns_alone,
+    leaves_nothing,
+    moved,
+)
 
 from lablib.models import anatomy
 from lablib.peft.adapter import (
     adapters,
-    disabled,
     freeze_base_,
     n_trainable,
-    remove_,
     trainable,
 )
 from lablib.peft.p_tuning import p_tuning_
@@ -24,13 +29,7 @@ def test_it_changes_the_base_is_saved_and_leaves_nothing(model, tmp_path):
     learns_alone(model)
     anatomy.logits(model, TOKENS).square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in trainable(model).values())
-    changed = anatomy.logits(moved(model, 0.5), TOKENS)
-    assert changed.shape == before.shape and (changed - before).abs().max() > 1e-3
-    with disabled(model):
-        assert torch.equal(anatomy.logits(model, TOKENS), before)
-    loads_again(model, plain, changed, tmp_path)
-    remove_(model)
-    assert not adapters(model) and torch.equal(anatomy.logits(model, TOKENS), before)
+    leaves_nothing(model, plain, before, tmp_path, by=0.5)
 
 
 def test_its_rows_do_what_a_prompts_do(model):
@@ -56,13 +55,9 @@ def test_every_row_depends_on_every_entry_of_the_table():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_rows_and_gradients_are_those_of_peft(family):
     peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    if family == "bert":
-        model = hf.BertForTokenClassification(hf.BertConfig(**SIZES)).eval()
-    else:
-        model = MODELS[family]().eval()
+    model, task = beside_peft(family)
     config = peft.PromptEncoderConfig(
-        task_type="TOKEN_CLS" if family == "bert" else "CAUSAL_LM", num_virtual_tokens=3,
+        task_type=task, num_virtual_tokens=3,
         encoder_reparameterization_type="LSTM", encoder_hidden_size=5, encoder_dropout=0.0,
     )  # fmt: skip
     theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
-from families_for_tests import MODELS, SIZES, TOKENS, learns_alone
+from families_for_tests import MODELS, SIZES, TOKENS, beside_peft, learns_alone
 from torch.nn import functional as F
 
 from lablib.models import anatomy
@@ -207,13 +207,8 @@ def _copied(model, theirs, mlp):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_prompts_are_those_of_peft(family):
     peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    if family == "bert":
-        model = hf.BertForTokenClassification(hf.BertConfig(**SIZES)).eval()
-    else:
-        model = MODELS[family]().eval()
-    kind = "TOKEN_CLS" if family == "bert" else "CAUSAL_LM"
-    config = peft.PromptTuningConfig(task_type=kind, num_virtual_tokens=3)
+    model, task = beside_peft(family)
+    config = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=3)
     theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
     prompt_(model, 3)
     freeze_base_(model)
