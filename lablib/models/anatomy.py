@@ -177,7 +177,7 @@ def blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def embedding(model: nn.Module) -> nn.Embedding:
-    """The token embedding."""
+    """The token embedding. T5's holds the weight that its encoder and decoder run modules over."""
     return model.get_submodule(family(model).embedding)
 
 

@@ -67,8 +67,10 @@ def invertible_(model: nn.Module, reduction: int = 2, start: str = "lora") -> No
     """Put an `Invertible` after the embedding, and its inverse before the head, where one is.
 
     start: as in `bottleneck.start_`; "lora" starts at the base's function.
-    Raises ValueError for an odd width, and where one is already.
+    Raises ValueError for an odd width, for T5, and where one is already.
     """
+    if anatomy.family(model).name.startswith("T5"):
+        raise ValueError("T5's encoder and decoder embed apart: no invertible adapter here")
     if hasattr(model, "invertible"):
         raise ValueError(f"{type(model).__name__} has an invertible adapter already")
     embedding = anatomy.embedding(model)

@@ -15,6 +15,7 @@ Section on the method; the deep prefix is that of P-tuning v2.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -23,9 +24,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lablib.compression.recover import Loss, language_loss, recover
+from lablib.data.tasks import Example
 from lablib.models import anatomy
+from lablib.models.classifier import Classifier, Encoded, cached_below, encode, predicted
+from lablib.models.scores import scored
 from lablib.peft.adapter import adapters, trainable
 from lablib.peft.prefix import Prefix, drop_mlp_, prefix_
+from lablib.peft.tuning import tune
 
 
 def adapt_(
@@ -133,6 +138,46 @@ def masked(
     shown = torch.where(asked & (how < 0.8), mask, rows)
     other = torch.randint_like(rows, vocab)
     return asked, torch.where(asked & (how >= 0.9), other, shown)
+
+
+def right_on_top(
+    model: nn.Module,
+    tokenizer,
+    few: Sequence[Example],
+    unseen: Sequence[Example],
+    *,
+    words: int = 64,
+    steps: int = 60,
+    rate: float = 1e-2,
+    batch: int = 8,
+    seed: int = 0,
+) -> float:
+    """% of unseen texts right by a linear layer that alone learns from a few, prefix or not.
+
+    The model reads each text once, as it is: no weight and no prefix of it changes. words: tokens
+    of a text, at most.
+    """
+    n_blocks, place, sides = len(anatomy.blocks(model)), next(model.parameters()).device, []
+    for side in (few, unseen):
+        tokens = encode(tokenizer, [example.text for example in side], length=words)
+        tokens = Encoded(*(part.to(place) for part in tokens))
+        labels = torch.tensor([example.label for example in side], device=place)
+        sides.append((cached_below(model, tokens, n_blocks, batch), labels))
+    (learned, labels), (judged, truth) = sides
+    torch.manual_seed(seed)
+    n_labels = int(torch.cat([labels, truth]).max()) + 1
+    classifier = Classifier(model, n_labels, below=n_blocks).to(place)
+    names = [name for name, _ in classifier.named_parameters() if name.startswith("head.")]
+    tune(classifier, learned, labels, steps, rate, batch=batch, seed=seed, trainable=names)
+    return 100 * scored(predicted(classifier, judged).cpu(), truth.cpu())["accuracy"]
+
+
+def with_prefix(model: nn.Module, prefix: Tensor | None) -> nn.Module:
+    """A copy of a plain model that starts from this prefix, or has none."""
+    copied = copy.deepcopy(model)
+    if prefix is not None:
+        start_(copied, prefix)
+    return copied
 
 
 def steps_until(losses: Sequence[float], level: float, window: int = 5) -> int:

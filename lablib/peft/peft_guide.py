@@ -286,8 +286,10 @@ def s4_(
     """Put adapters, prefixes, biases and LoRA into four groups of blocks, as `groups` says.
 
     rank: of LoRA, and the adapters' width; length: of the prefix. groups: names for each group.
-    Raises ValueError for a model of fewer than four blocks.
+    Raises ValueError for a model of fewer than four blocks, and for T5.
     """
+    if anatomy.family(model).name.startswith("T5"):
+        raise ValueError("T5's attention takes no prefix, and S4 has one in three of its groups")
     _s4(model, rank, length, groups)
 
 

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lablib.paths import data_dir
 from lablib.peft.adapter import adapters, merge_
@@ -103,3 +104,27 @@ def compare_leaves() -> dict[str, tuple[Tensor, Tensor]]:
         ours = with_its_weights(kind, PLAIN)(tokens).logits
         found[kind] = ours, recorded_of(f"{kind}:", PLAIN)["output"]
     return found
+
+
+def compare_norms() -> tuple[Tensor, Tensor]:
+    """LN tuning, ours and peft's, in a row: how many numbers train, logits, every gradient.
+
+    Gradients are of the mean loss of the next tokens, of every norm of the blocks and the last one.
+    """
+    header, tensors = recorded(PLAIN)
+    model, tokens = with_its_weights("norms", PLAIN), tensors["tokens"]
+    own = {f"{place}:{n}": p for place, a in adapters(model).items() for n, p in a.own().items()}
+    loss = F.cross_entropy(model(tokens[:, :-1]).logits.transpose(1, 2), tokens[:, 1:])
+    slopes = torch.autograd.grad(loss, list(own.values()))
+    theirs = recorded_of("norms:", PLAIN)
+    count = sum(parameter.numel() for parameter in own.values())
+    both = [
+        (count, model(tokens).logits, *slopes),
+        (
+            header["counts"]["norms"],
+            theirs["output"],
+            *(theirs[f"slope of {name}"] for name in own),
+        ),
+    ]
+    first, second = (torch.cat([torch.as_tensor(t).flatten() for t in row]) for row in both)
+    return first.detach(), second.detach()

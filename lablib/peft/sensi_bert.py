@@ -44,6 +44,30 @@ def sensitivity(
     return totals
 
 
+def by_tensor(
+    model: nn.Module, batches: Iterable, loss: Callable[[nn.Module, object], Tensor]
+) -> dict[tuple[int, str], float]:
+    """The same of whole matrices: how much the loss changes when one is scaled down to nothing.
+
+    Returns |sum g w| of each block's and role's weight, roles as in `anatomy.projections`, a mean
+    over batches.
+    """
+    weights = {
+        (block, role): anatomy.projection(model, block, role).weight
+        for block in range(len(anatomy.blocks(model)))
+        for role in anatomy.family(model).projections
+    }
+    totals = dict.fromkeys(weights, 0.0)
+    for n, batch in enumerate(batches, start=1):
+        model.zero_grad()
+        loss(model, batch).backward()
+        for place, weight in weights.items():
+            felt = (weight.grad * weight.detach()).sum().abs().item()
+            totals[place] += (felt - totals[place]) / n
+    model.zero_grad()
+    return totals
+
+
 def by_rank(scores: Scores, sizes: Mapping[Part, int], budget: float) -> dict[Part, float]:
     """Share of its units that each part keeps: c rank, at most 1, and a budget in all.
 

@@ -24,6 +24,7 @@ SIZES = {
     "num_attention_heads": 4,
 }
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+ROBERTA = {"type_vocab_size": 1, "max_position_embeddings": 34, "layer_norm_eps": 1e-5}
 MODELS = {
     "gpt": lambda: GPT(GPTConfig(60, 32, 2, 4, 2)),
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, num_key_value_heads=2)),
@@ -31,6 +32,7 @@ MODELS = {
         hf.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=32)
     ),
     "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**SIZES, **STILL)),
+    "roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**SIZES, **STILL, **ROBERTA)),
 }
 TOKENS = torch.randint(2, 60, (2, 7), generator=torch.Generator().manual_seed(1))
 

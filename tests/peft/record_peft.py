@@ -62,7 +62,20 @@ def leaf(model: LlamaForCausalLM, tokens: torch.Tensor, kind: str) -> tuple[dict
             found |= named(kind, name, parameter)
     if kind == "VeRA":
         found |= {"down": adapted.vera_A["default"], "up": adapted.vera_B["default"]}
+    if kind == "norms":
+        found |= slopes(adapted, tokens)
     return found | {"output": logits(adapted, tokens, kind)}, sum(p.numel() for p in trained)
+
+
+@torch.enable_grad()
+def slopes(adapted: torch.nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """ "slope of " and lablib's name -> the gradient of the next tokens' mean loss."""
+    trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+    made = adapted(tokens[:, :-1]).logits.transpose(1, 2)
+    loss = torch.nn.functional.cross_entropy(made, tokens[:, 1:])
+    found = torch.autograd.grad(loss, list(trained.values()))
+    names = [next(iter(named("norms", name, p))) for name, p in trained.items()]
+    return {f"slope of {name}": slope for name, slope in zip(names, found, strict=True)}
 
 
 def named(kind: str, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ def test_it_goes_into_every_family_learns_and_leaves_no_trace(name, family):
     torch.manual_seed(0)
     model = MODELS[family]().eval()
     before = anatomy.logits(model, TOKENS)
-    if name == "UniPELT" and family != "bert":
+    if name == "UniPELT" and family not in ("bert", "roberta"):
         with pytest.raises(ValueError, match="not for a decoder"):
             put_(model, name)
         return

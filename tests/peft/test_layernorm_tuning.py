@@ -303,40 +303,32 @@ def test_scans_are_held_out_and_stage_one_sees_half_of_the_classes():
     assert not both & {tuple(image.flatten().tolist()) for image in test}
 
 
-def test_a_planted_defect_turns_the_verdict():
-    claim = paper("layernorm-tuning").claim("beats-lora")
-    losses = {
-        "norms": 0.3,
-        "lora": 0.9,
-        "lora-all": 0.2,
-        "full": 0.1,
-        "questions": 0.4,
-        "layernorm": 0.2,
-    }
+def planted(losses):
+    """Runs of all ways in the larger model, five seeds, and those in the smaller one."""
     runs = []
     for seed in range(5):
-        told = {way: loss + 0.01 * seed * len(way) for way, loss in losses.items()}
-        row = {f"{way} {key}": told[way] for way in losses for key in study.KEPT}
-        runs.append({"way": "every", "seed": seed} | row)
-        apart = [study.ROLES[id][side] for id in study.APART for side in ("method", "baseline")]
-        runs += [one | {"seed": seed} | dict.fromkeys(study.KEPT, 0.3) for one in apart]
-    assert judge(claim, study.values(runs)["beats-lora"]).verdict == REPRODUCED
-    never_added = [run | {"norms loss": 5.0} for run in runs]
-    assert judge(claim, study.values(never_added)["beats-lora"]).verdict == NOT_REPRODUCED
+        for name, point in study.IN_4M.items():
+            worth = losses.get(name, 0.5) + 0.01 * seed * len(name)
+            told = dict.fromkeys((*study.KEPT, "moved"), worth)
+            runs.append(point | {"seed": seed} | told)
+        both = {f"{way} loss": losses[way] + 0.01 * seed * len(way) for way in ("norms", "lora")}
+        runs.append({"way": "every", "seed": seed} | both)
+    return runs
 
 
-def test_the_rivals_runs_are_laid_beside_those_of_their_seed():
-    runs = [{"way": "every", "seed": seed, "norms loss": 1.0} for seed in (0, 1)]
-    runs += [
-        {"way": way, "seed": seed} | dict.fromkeys(study.KEPT, place + seed)
-        for place, way in enumerate(study.RIVALS, 1)
-        for seed in (1, 0)
-    ]
-    runs += [study.CAPTIONS | {"seed": 1} | dict.fromkeys(study.KEPT, 9.0)]
-    made = study.by_seed(runs)
-    assert [run.get("captions named") for run in made] == [None, 9.0]
-    assert [run["attention loss"] for run in made] == [1, 2]
-    assert [run["mlp named"] for run in made] == [2, 3]
+def test_a_planted_defect_turns_the_verdict():
+    claim, losses = paper("layernorm-tuning").claim("beats-lora"), {"norms": 0.3, "lora": 0.9}
+    told = study.values(planted(losses))
+    assert judge(claim, told["beats-lora"]).verdict == REPRODUCED
+    never_added = study.values(planted(losses | {"norms": 5.0}))
+    assert judge(claim, never_added["beats-lora"]).verdict == NOT_REPRODUCED
+
+
+def test_a_seeds_runs_are_laid_side_by_side():
+    made = study.by_seed(planted({"norms": 0.3, "lora": 0.9, "captions": 0.7}))
+    assert [run["seed"] for run in made] == list(study.SEEDS)
+    told = [made[2][f"{way} named"] for way in ("norms", "captions", "mlp")]
+    assert told == pytest.approx([0.4, 0.86, 0.56])
 
 
 def test_every_way_in_one_run_is_each_in_a_run_of_its_own():

@@ -238,3 +238,33 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_answers_are_told(name, tells_right_from_wrong):
     tells_right_from_wrong(getattr(exercises, name), WRONG[name])
+
+
+def test_a_layer_on_top_learns_and_the_model_stays():
+    model, tokenizer = study.copy.deepcopy(study.tiny()[0]), study.tiny()[1]
+    legal.adapt_(model, torch.randint(5, 90, (8, 9)), 3, 1, 0.1, hidden=4, batch=4)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    said = ("the king shall speak", "import numpy as np")
+    texts = [study.Example(f"{said[n % 2]} {n}", n % 2) for n in range(12)]
+    right = legal.right_on_top(model, tokenizer, texts, texts, steps=100, rate=3e-2)
+    assert right == 100
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    wrong = [study.Example(text.text, 1 - text.label) for text in texts]
+    assert legal.right_on_top(model, tokenizer, texts, wrong, steps=100, rate=3e-2) == 0
+
+
+def test_a_copy_starts_from_a_prefix_and_the_model_has_none():
+    model = study.tiny()[0]
+    reader = study.copy.deepcopy(model)
+    legal.adapt_(reader, torch.randint(5, 90, (8, 9)), 3, 1, 0.1, hidden=4, batch=4)
+    made = legal.with_prefix(model, legal.prefix_of(reader))
+    assert torch.equal(anatomy.logits(made, TOKENS), anatomy.logits(reader, TOKENS))
+    assert not legal.parts(model) and not legal.parts(legal.with_prefix(model, None))
+
+
+def test_added_tasks_are_judged_apart():
+    row = study.run("more", "2", 200, steps=1, reading=1)
+    ours = [row[f"adapted_more2_{task}_accuracy"] for task in study.MORE]
+    assert row["adapted_more2_accuracy"] == pytest.approx(sum(ours) / 2, abs=1e-3)
+    told = study.of_seeds([{"kind": "more", "seed": 1, "a": 1}, {"kind": "all", "seed": 1, "b": 2}])
+    assert told == [{"kind": "all", "seed": 1, "a": 1, "b": 2}]

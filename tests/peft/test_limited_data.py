@@ -485,3 +485,27 @@ def test_the_exercises_interval_is_the_modules():
     gaps, draws = np.log2(counts) - 4.5 + rng.normal(0, 1, (6, 3)), rng.integers(6, size=(50, 6))
     theirs = exercises.crossing.reference(counts, gaps, draws)
     assert guide.crossing_interval(counts, gaps, draws) == pytest.approx(theirs)
+
+
+def test_other_texts_take_the_same_strategies():
+    ways = "licences.full:2:0.0003 licences.head:2 topics.contrastive:2:0.0001 "
+    ways += "reviews.efficient:2:0.001"
+    told = study.run(ways, 200, steps=1, test=8)
+    assert all(len(told[way]) == 1 and 0 <= told[way][0] <= 100 for way in ways.split())
+    assert [study.labels_of(name) for name in ("licences", "topics", "reviews", "")] == [
+        4,
+        20,
+        2,
+        2,
+    ]
+
+
+def test_a_curve_is_full_tuning_plus_the_difference_in_shared_draws():
+    runs = [
+        {"seed": 0, "full:8": [60.0, 70.0], "contrastive:8": [64.0, 72.0], "full:16": [80.0]},
+        {"seed": 2, "full:8": [80.0], "licences.full:4:0.001": [30.0], "licences.head:4": [31.0]},
+    ]
+    films, licences = study.curves(runs), study.curves(runs, "licences.")
+    names = [row.name for row in study.guide.GUIDE[1:5]]  # head, contrastive, efficient, full
+    assert films[names[3]] == {8: 70.0, 16: 80.0} and films[names[1]] == {8: 73.0}
+    assert names[2] not in films and licences == {names[0]: {4: 31.0}, names[3]: {4: 30.0}}

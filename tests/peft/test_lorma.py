@@ -274,20 +274,42 @@ def test_an_adapter_that_does_nothing_is_not_on_a_par():
 
 def test_trained_ranks_are_judged_on_the_studys_runs():
     stored = Study(paper("lorma")).runs()
-    full = [run["movies_rotate_full"] for run in stored if run["kind"] == "all"]
+    full = [run["movies_rotate_full"] for run in stored if "movies_rotate_full" in run]
     told = study.values(stored)
     assert told["rank-trained"] == full and len(full) >= 5 and "rank" not in told
 
 
 def test_ranks_are_compared_on_the_same_seeds():
-    runs = [{"kind": "all", "seed": seed, "docs_lora_nll": 9.0 + seed} for seed in study.SEEDS]
-    rate = study.RANK_RATES["lora", 1]
+    runs = [
+        {"kind": "all", "text": "licences", "seed": seed, "licences_lora_nll": 9.0 + seed}
+        for seed in study.SEEDS
+    ]
+    rate = study.RANK_RATES["licences", "lora"][0]
     for seed in range(study.RANKED):
-        one = {"kind": "lora", "text": "docs", "rank": 1, "seed": seed}
+        one = {"kind": "lora", "text": "licences", "rank": 1, "seed": study.SEEDS[seed]}
         runs += [one | {"rate": rate, "nll": 5.0 + seed}, one | {"rate": 2 * rate, "nll": 0.0}]
-    assert study.at_rank(runs, "lora", 1) == [5.0, 6.0, 7.0, 8.0, 9.0]
+    assert study.at_rank(runs, "lora", 1, "licences") == [5.0, 6.0, 7.0, 8.0, 9.0]
     same = [9.0 + seed for seed in study.SEEDS[: study.RANKED]]
-    assert study.at_rank(runs, "lora", study.RANK) == same
+    assert study.at_rank(runs, "lora", study.RANK, "licences") == same
+
+
+def test_a_seeds_runs_are_one():
+    runs = [
+        {"kind": "all", "seed": 5, "movies_lora_nll": 1.0},
+        {"kind": "all", "text": "licences", "seed": 5, "licences_lora_nll": 2.0},
+        {"kind": "plain", "seed": 5, "rank": 1, "text": "movies", "nll": 4.0},
+    ]
+    (told,) = study.of_seeds(runs)
+    assert (told["movies_lora_nll"], told["licences_lora_nll"]) == (1.0, 2.0)
+    assert "nll" not in told
+
+
+def test_the_untouched_model_is_judged_on_the_same_rows():
+    options = {"text": "licences", "steps": 2, "sentences": 20}
+    base = study.run("base", 200, **options)
+    at_start = study.run("rotate", 200, rate=0.0, **options)
+    assert base["nll"] == pytest.approx(at_start["nll"], abs=1e-4)
+    assert base["area"] == pytest.approx(at_start["area"], abs=1e-4) and base["learning"] == 0
 
 
 WRONG = {

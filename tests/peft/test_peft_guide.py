@@ -180,7 +180,7 @@ def test_each_group_has_its_methods_and_no_other():
 def deep(family):
     """A tiny model of a family, with four blocks."""
     import transformers as hf
-    from families_for_tests import SIZES, STILL
+    from families_for_tests import ROBERTA, SIZES, STILL
 
     sizes = SIZES | {"num_hidden_layers": 4}
     build = {
@@ -190,6 +190,7 @@ def deep(family):
             hf.GPT2Config(vocab_size=60, n_embd=32, n_layer=4, n_head=4, n_positions=32)
         ),
         "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**sizes, **STILL)),
+        "roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**sizes, **STILL, **ROBERTA)),
     }
     torch.manual_seed(0)
     return build[family]().eval()

@@ -90,3 +90,10 @@ def test_the_record_of_leaves_is_what_peft_computes(kind):
     assert found.keys() == recorded.keys() and count == header["counts"][kind]
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, recorded[name], atol=1e-5, rtol=1e-5)
+
+
+def test_tuned_norms_have_pefts_gradients():
+    ours, theirs = library.compare_norms()
+    assert ours[0] == theirs[0] == 5 * 16 and len(ours) > 80 + 3 * 7 * 20
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert theirs[-80:].abs().min() > 0  # the gradients, all of them there

@@ -75,6 +75,48 @@ def test_sensitivity_is_the_derivative_to_a_gate():
         assert felt[part].tolist() == pytest.approx(list(found.values()), rel=1e-4, abs=1e-9)
 
 
+def test_a_matrix_is_felt_as_its_scale_is():
+    """By central differences in float64: the whole matrix, scaled up and down a little."""
+    made = classifier(bert().double()).double()
+    (batch,), loss, step = batches(1), loss_of(made), 1e-5
+    felt = s.by_tensor(made.model, [batch], loss)
+    assert len(felt) == 2 * 6
+    for place in ((0, "query"), (1, "down")):
+        weight, found = anatomy.projection(made.model, *place).weight, []
+        for scale in (1 + step, (1 - step) / (1 + step)):
+            with torch.no_grad():
+                weight *= scale
+                found.append(loss(made.model, batch).item())
+        slope = (found[0] - found[1]) / (2 * step)
+        assert felt[place] == pytest.approx(abs(slope), rel=1e-5)
+        with torch.no_grad():
+            weight /= 1 - step
+    two = s.by_tensor(made.model, batches(2), loss)
+    each = [s.by_tensor(made.model, [one], loss) for one in batches(2)]
+    assert two[0, "up"] == pytest.approx((each[0][0, "up"] + each[1][0, "up"]) / 2)
+
+
+def test_blocks_at_the_top_can_be_taken_out():
+    learned, labels = study.drawn(3, 48, 16)[0]
+    made = study.with_head(3, learned, labels)
+    kept = study.trimming(made, learned, labels, "dropped", 0.4, "parameters", 16)
+    s.trim_(made.model, kept.keep)
+    study.drop_(made.model, kept)
+    stay = [len(kept.keep[b, "neurons"]) > 1 for b in range(6)]
+    assert len(anatomy.blocks(made.model)) == sum(stay) == 3 and stay[:3] == [True] * 3
+    assert made(learned).shape == (48, 2)
+
+
+def test_other_tasks_have_their_own_labels():
+    row = {"way": "rank", "steps": 1, "train": 32, "test": 16, "felt_on": 16, "rate": 1e-4}
+    pairs = study.run(seed=200, task="sts-b", **row)
+    assert -100 <= pairs["points"] <= 100
+    (_, labels), _ = study.drawn(200, 32, 16, "sts-b")
+    assert labels.is_floating_point() and labels.abs().max() <= 1
+    topics = study.run(seed=200, task="newsgroups", **row)
+    assert 0 <= topics["points"] <= 100 and topics["start_nll"] > 1
+
+
 def test_a_batchs_sign_does_not_cancel_anothers():
     made, three = classifier(), batches()
     whole = s.sensitivity(made.model, three, loss_of(made))
@@ -271,7 +313,8 @@ def test_of_the_encoder_as_much_is_left_as_the_budget_says():
     runs = Study(paper("sensi-bert")).runs()
     whole = {run["kept"] for run in runs if run["way"] == "whole"}
     for run in runs:
-        assert run["kept"] / max(whole) == pytest.approx(run["share"], abs=0.01)
+        room = 0.02 if run["way"] == "dropped" else 0.01  # whose upper blocks leave not even norms
+        assert run["kept"] / max(whole) == pytest.approx(run["share"], abs=room)
 
 
 # Exercises.
