@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from test_on_glue import Heard
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from lablib.data.packages import DataError
 from lablib.models import pretrained
@@ -76,10 +77,7 @@ def said(near, split="train", count=24):
 
 def test_pixels_are_the_middle_square_as_clip_takes_it():
     flat = oc.pixels(Photograph(np.full((40, 20, 3), 51, dtype=np.uint8)), 8)
-    mean, std = (
-        torch.tensor(hf.image_utils.OPENAI_CLIP_MEAN),
-        torch.tensor(hf.image_utils.OPENAI_CLIP_STD),
-    )
+    mean, std = torch.tensor(OPENAI_CLIP_MEAN), torch.tensor(OPENAI_CLIP_STD)
     torch.testing.assert_close(flat, ((0.2 - mean) / std)[:, None, None].expand(3, 8, 8))
     stripes = np.zeros((8, 24, 3), dtype=np.uint8)
     stripes[:, 8:16] = 255  # nothing but this third stays
