@@ -95,5 +95,5 @@ def test_the_record_of_leaves_is_what_peft_computes(kind):
 def test_tuned_norms_have_pefts_gradients():
     ours, theirs = library.compare_norms()
     assert ours[0] == theirs[0] == 5 * 16 and len(ours) > 80 + 3 * 7 * 20
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert theirs[-80:].abs().min() > 0  # the gradients, all of them there
