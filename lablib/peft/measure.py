@@ -11,7 +11,7 @@ import mmap
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -68,6 +68,29 @@ def account(model: nn.Module, loss: Loss) -> dict[str, int]:
         "saved": sum(saved.values()),
     }
     return bytes_of | {"total": sum(bytes_of.values())}
+
+
+def bill(model: nn.Module, loss: Loss, names: Collection[str] | None = None) -> str:
+    """In words: how many numbers train, and what a training step holds by `account`.
+
+    names: of the parameters that train; None: what adapters brought. The model is left as it was.
+    """
+    chosen = set(trainable(model) if names is None else names)
+    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in chosen)
+        row = account(model, loss)
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter, _ in asked]
+    finally:
+        for parameter, asks in asked:
+            parameter.requires_grad_(asks)
+    n, whole = sum(size for size, asks in sizes if asks), sum(size for size, _ in sizes)
+    weights, beside = row["parameters"] / 1e6, (row["total"] - row["parameters"]) / 1e6
+    return (
+        f"{n:,} numbers train, {n / whole:.2%} of all; a step holds {beside:,.1f} MB beside "
+        f"{weights:,.1f} MB of weights"
+    )
 
 
 def _storages(tensors) -> dict[int, int]:

@@ -47,6 +47,33 @@ def test_a_tensor_saved_twice_counts_once():
     )
 
 
+def test_a_bill_in_words_is_the_account():
+    model = build()
+    lora_(model, rank=2)
+    model.requires_grad_(True)  # as training by name leaves it
+    told = m.bill(model, loss)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    n, whole = (
+        sum(p.numel() for p in trainable(model).values()),
+        sum(p.numel() for p in model.parameters()),
+    )
+    row = m.measure_method(build(), lambda one: lora_(one, rank=2), loss)
+    assert told.startswith(f"{n:,} numbers train, {n / whole:.2%} of all;")
+    assert f"{(row['total'] - row['parameters']) / 1e6:,.1f} MB beside" in told
+    assert f"{row['parameters'] / 1e6:,.1f} MB of weights" in told
+
+
+def test_a_bill_of_named_parameters():
+    model = build()
+    names = [name for name, _ in anatomy.norms(model).items()]
+    weights = {name for name, _ in model.named_parameters()}
+    chosen = [f"{name}.weight" for name in names]
+    assert set(chosen) <= weights
+    told = m.bill(model, loss, chosen)
+    assert told.startswith(f"{5 * 32} numbers train")
+    assert m.bill(model, loss, weights).startswith(f"{model.n_parameters():,} numbers train, 100")
+
+
 def test_lora_saves_gradients_and_optimizer_but_few_activations():
     model = build()
     rows = {
