@@ -1,4 +1,4 @@
-"""Training and evaluation mode, each module's own kept."""
+"""What a model is left with: each module's mode, and whether each parameter trains."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,3 +19,17 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def kept_requires_grad(model: nn.Module) -> Iterator[None]:
+    """Let every parameter ask for gradients at the end as it did at the start.
+
+    Parameters that come in between are left alone.
+    """
+    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, asks in asked:
+            parameter.requires_grad_(asks)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from lablib.models import anatomy
 from lablib.models.gpt import GPT, rotary_table
 from lablib.modes import kept_modes
+
+if TYPE_CHECKING:
+    from lablib.data.tasks import Example
 
 POOLS = ("mean", "last", "words")
 
@@ -138,6 +141,20 @@ def encode(tokenizer, texts: Sequence[str], pairs: Sequence[str] = (), length: i
         tokens[row, : len(ids)] = torch.tensor(ids)
         mask[row, : len(ids)] = True
     return Encoded(tokens, mask)
+
+
+def encode_examples(
+    tokenizer, examples: Sequence[Example], length: int = 64, device: torch.device | str = "cpu"
+) -> tuple[Encoded, Tensor]:
+    """Examples, with their pairs where there are some, as tokens, and their labels (n,)."""
+    encoded = encode(tokenizer, [e.text for e in examples], [e.pair for e in examples], length)
+    labels = torch.tensor([example.label for example in examples], device=device)
+    return Encoded(*(part.to(device) for part in encoded)), labels
+
+
+def shortest_first(examples: Sequence[Example]) -> list[Example]:
+    """In order of their letters: batches that are judged in this order have little padding."""
+    return sorted(examples, key=lambda example: len(example.text) + len(example.pair))
 
 
 def last_states(model: nn.Module, encoded: Encoded) -> Tensor:

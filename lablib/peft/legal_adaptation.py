@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from lablib.compression.recover import Loss, language_loss, recover
 from lablib.data.tasks import Example
 from lablib.models import anatomy
-from lablib.models.classifier import Classifier, Encoded, cached_below, encode, predicted
+from lablib.models.classifier import Classifier, cached_below, encode_examples, predicted
 from lablib.models.scores import scored
 from lablib.peft.adapter import adapters, trainable
 from lablib.peft.prefix import Prefix, drop_mlp_, prefix_
@@ -159,9 +159,7 @@ def right_on_top(
     """
     n_blocks, place, sides = len(anatomy.blocks(model)), next(model.parameters()).device, []
     for side in (few, unseen):
-        tokens = encode(tokenizer, [example.text for example in side], length=words)
-        tokens = Encoded(*(part.to(place) for part in tokens))
-        labels = torch.tensor([example.label for example in side], device=place)
+        tokens, labels = encode_examples(tokenizer, side, words, place)
         sides.append((cached_below(model, tokens, n_blocks, batch), labels))
     (learned, labels), (judged, truth) = sides
     torch.manual_seed(seed)

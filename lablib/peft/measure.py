@@ -18,7 +18,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from lablib.modes import kept_modes
+from lablib.modes import kept_modes, kept_requires_grad
 from lablib.peft.adapter import (
     WeightAdapter,
     adapters,
@@ -76,15 +76,11 @@ def bill(model: nn.Module, loss: Loss, names: Collection[str] | None = None) -> 
     names: of the parameters that train; None: what adapters brought. The model is left as it was.
     """
     chosen = set(trainable(model) if names is None else names)
-    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
+    with kept_requires_grad(model):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
         row = account(model, loss)
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter, _ in asked]
-    finally:
-        for parameter, asks in asked:
-            parameter.requires_grad_(asks)
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     n, whole = sum(size for size, asks in sizes if asks), sum(size for size, _ in sizes)
     weights, beside = row["parameters"] / 1e6, (row["total"] - row["parameters"]) / 1e6
     return (
@@ -141,30 +137,30 @@ def measure_method(
     AdamW, where `observed` asks for one). None is what was not asked for, or can't be told. What
     the adapters bring trains; of a method that brings nothing, all weights.
     """
-    asked = [(p, p.requires_grad) for p in model.parameters()]
-    method(model)
-    try:
-        brought = bool(adapters(model))
-        _train_only(model, brought)
-        n = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        row = {"n_trainable": n, "share": n / sum(p.numel() for p in model.parameters())}
-        row |= {"file_bytes": adapter_bytes(model) if brought else _bytes(model)}
-        row |= account(model, loss)
-        row |= {"rise_bytes": rise(lambda: _step(model, loss)) if observed else None}
-        before = [] if brought or learn is None else [p.detach().clone() for p, _ in asked]
-        if learn is not None:
-            learn(model)
-        row |= {"held_out": judge(model) if judge else None}
-        row |= {"merge_error": merge_error(model, outputs) if outputs else None}
-        with torch.no_grad():
-            for (parameter, _), bits in zip(asked, before):
-                parameter.copy_(bits)
-        return row
-    finally:
-        remove_(model)
-        for parameter, asks in asked:
-            parameter.requires_grad_(asks)
-            parameter.grad = None
+    own = list(model.parameters())
+    with kept_requires_grad(model):
+        method(model)
+        try:
+            brought = bool(adapters(model))
+            _train_only(model, brought)
+            n = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            row = {"n_trainable": n, "share": n / sum(p.numel() for p in model.parameters())}
+            row |= {"file_bytes": adapter_bytes(model) if brought else _bytes(model)}
+            row |= account(model, loss)
+            row |= {"rise_bytes": rise(lambda: _step(model, loss)) if observed else None}
+            before = [] if brought or learn is None else [p.detach().clone() for p in own]
+            if learn is not None:
+                learn(model)
+            row |= {"held_out": judge(model) if judge else None}
+            row |= {"merge_error": merge_error(model, outputs) if outputs else None}
+            with torch.no_grad():
+                for parameter, bits in zip(own, before):
+                    parameter.copy_(bits)
+            return row
+        finally:
+            remove_(model)
+            for parameter in own:
+                parameter.grad = None
 
 
 def measure_methods(
@@ -213,19 +209,17 @@ def times(
     which others' work on the machine hardly lengthens; where CUDA works, those of the clock. Ratios
     of two methods can be believed. The model is given back as it was.
     """
-    asked = [(p, p.requires_grad) for p in model.parameters()]
     seconds: dict[str, dict[str, list[float]]] = {n: {"step": [], "inference": []} for n in methods}
-    for round_ in range(repeats + 1):  # the first one warms up
-        for name, method in methods.items():
-            method(model)
-            _train_only(model, bool(adapters(model)))
-            taken = _once(model, loss, outputs)
-            remove_(model)
-            if round_:
-                for what, value in taken.items():
-                    seconds[name][what].append(value)
-    for parameter, asks in asked:
-        parameter.requires_grad_(asks)
+    with kept_requires_grad(model):
+        for round_ in range(repeats + 1):  # the first one warms up
+            for name, method in methods.items():
+                method(model)
+                _train_only(model, bool(adapters(model)))
+                taken = _once(model, loss, outputs)
+                remove_(model)
+                if round_:
+                    for what, value in taken.items():
+                        seconds[name][what].append(value)
     return {n: {what: median(v) for what, v in row.items()} for n, row in seconds.items()}
 
 
@@ -239,7 +233,8 @@ def _once(model: nn.Module, loss: Loss, outputs) -> dict[str, float]:
 
 def _step(model: nn.Module, loss: Loss) -> None:
     """Forward, backward and a step of AdamW that moves nothing."""
-    parameters = list(trainable(model).values()) or list(model.parameters())
+    named = trainable(model) or dict(model.named_parameters())
+    parameters = list({id(p): p for p in named.values()}.values())  # a shared one once
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
     loss(model).backward()
     optimizer.step()

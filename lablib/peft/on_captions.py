@@ -20,7 +20,7 @@ from lablib.data.hub import hub_rows
 from lablib.data.packages import DataError
 from lablib.models import pretrained
 from lablib.peft.layernorm_tuning import CONNECTOR, Talk, VisionLanguage, open_, talk_loss
-from lablib.peft.on_glue import Speaker
+from lablib.peft.on_gpu import Speaker, on_gpu
 
 ENCODER = "openai/clip-vit-large-patch14"
 DECODER = "HuggingFaceTB/SmolLM2-360M-Instruct"
@@ -57,19 +57,11 @@ class Told(NamedTuple):
     trained: int
 
 
-def say_captions(lab: Speaker, sizes: Sizes = SIZES) -> None:
-    """At the gpu tier, a line a way with what `losses_of` gives; else, that it needs a GPU.
-
-    It is also said if the hub can't be reached.
-    """
-    if lab.tier != "gpu":
-        return lab.say("That takes a GPU, so no photograph was looked at here.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        seeing, (decoder, tokenizer) = eye().to(device), pretrained(DECODER)
-        pairs = [photographs("train", sizes.captions), photographs("test", sizes.held_out)]
-    except DataError as error:
-        return lab.say(str(error))
+@on_gpu("That takes a GPU, so no photograph was looked at here.")
+def say_captions(lab: Speaker, device: str, sizes: Sizes = SIZES) -> None:
+    """A line a way, with what `losses_of` gives."""
+    seeing, (decoder, tokenizer) = eye().to(device), pretrained(DECODER)
+    pairs = [photographs("train", sizes.captions), photographs("test", sizes.held_out)]
     train, test = (
         spoken(features(seeing, images, sizes.side), captions, tokenizer, sizes.words)
         for images, captions in pairs

@@ -26,7 +26,7 @@ from lablib.data.tasks import Example
 from lablib.models import anatomy, pretrained
 from lablib.models.classifier import Encoded, last_states
 from lablib.peft.hypertuning import HyperModel, HyperTuned, Phi, SharedPhi, slots_
-from lablib.peft.on_glue import Speaker
+from lablib.peft.on_gpu import Speaker, on_gpu
 
 MODEL = "HuggingFaceTB/SmolLM2-360M-Instruct"
 RATES = {"generated": 1e-4, "shared": 1e-2}  # of what trains; nobody tuned them
@@ -151,19 +151,11 @@ class Reader(nn.Module):
         return self.writer(F.layer_norm(states, states.shape[-1:]), labels)
 
 
-def say_episodes(lab: Speaker, sizes: Sizes = SIZES) -> None:
-    """At the gpu tier, a line on seen tasks' other texts and one on unseen tasks; else, why not.
-
-    It is also said if the hub can't be reached.
-    """
-    if lab.tier != "gpu":
-        return lab.say("That takes a GPU, so SmolLM2 wrote no prefix for itself here.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model, tokenizer = pretrained(MODEL)
-        pools = {name: examples_of(name, sizes.rows) for name in SEEN | UNSEEN}
-    except DataError as error:
-        return lab.say(str(error))
+@on_gpu("That takes a GPU, so SmolLM2 wrote no prefix for itself here.")
+def say_episodes(lab: Speaker, device: str, sizes: Sizes = SIZES) -> None:
+    """A line on seen tasks' other texts, and one on unseen tasks."""
+    model, tokenizer = pretrained(MODEL)
+    pools = {name: examples_of(name, sizes.rows) for name in SEEN | UNSEEN}
     parts = episodes_of(pools, tokenizer, sizes)
     for where, losses in written(model, *parts, sizes, device=device).items():
         told = ", ".join(f"{what} {nats:.2f}" for what, nats in losses.items())

@@ -5,17 +5,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lablib.data.glue import load_glue
-from lablib.data.packages import DataError
-from lablib.data.tasks import Example, Splits
-from lablib.models.classifier import Classifier, Encoded, encode, encoder, predicted
+from lablib.data.tasks import Splits
+from lablib.models.classifier import (
+    Classifier,
+    Encoded,
+    encode_examples,
+    encoder,
+    predicted,
+    shortest_first,
+)
 from lablib.models.scores import scored
 from lablib.peft.catalogue import put_
+from lablib.peft.on_gpu import Speaker, on_gpu
 from lablib.peft.tuning import backbone_above, tune
 
 TASKS = ("sst2", "mrpc", "stsb", "mnli")
@@ -42,27 +49,13 @@ def named(*names: str, rate: float = 5e-4) -> dict[str, Way]:
     return ways | {"all blocks": Way(None, 2e-5)}
 
 
-class Speaker(Protocol):
-    """A lab: which tier it is on, and how it says a sentence."""
-
-    tier: str
-
-    def say(self, text: str) -> None: ...
-
-
-def say_points(lab: Speaker, ways: Mapping[str, Way], steps: int = 150, length: int = 64) -> None:
-    """At the gpu tier, a line a task of GLUE with what `points_on` gives; else, that it needs one.
-
-    It is also said if the hub can't be reached.
-    """
-    if lab.tier != "gpu":
-        return lab.say("That takes a GPU, so nothing was tuned here.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+@on_gpu("That takes a GPU, so nothing was tuned here.")
+def say_points(
+    lab: Speaker, device: str, ways: Mapping[str, Way], steps: int = 150, length: int = 64
+) -> None:
+    """A line a task of GLUE, with what `points_on` gives."""
     for task in TASKS:
-        try:
-            splits = load_glue(task, train=16 * steps)
-        except DataError as error:
-            return lab.say(str(error))
+        splits = load_glue(task, train=16 * steps)
         found = points_on(splits, ways, steps=steps, length=length, device=device)
         lab.say(f"{task}: " + ", ".join(f"{way} {points:.1f}" for way, points in found.items()))
 
@@ -82,8 +75,8 @@ def points_on(
     name: of the encoder. Every way starts from the same weights, and sees the same batches.
     """
     model, tokenizer = encoder(name)
-    learned, labels = _encoded(tokenizer, splits.train, length, device)
-    unseen, truth = _encoded(tokenizer, splits.test, length, device)
+    learned, labels = encode_examples(tokenizer, shortest_first(splits.train), length, device)
+    unseen, truth = encode_examples(tokenizer, shortest_first(splits.test), length, device)
     floats = labels.is_floating_point()
     if floats:
         labels = (labels - labels.mean()) / labels.std()  # ranks stay
@@ -110,13 +103,3 @@ def points_on(
 
 def _penalty(of: Callable[[nn.Module], Tensor], model: nn.Module, step: int) -> Tensor:
     return of(model)
-
-
-def _encoded(
-    tokenizer, examples: list[Example], length: int, device: str
-) -> tuple[Encoded, Tensor]:
-    """Short ones first, so that little is padded where they are judged."""
-    rows = sorted(examples, key=lambda e: len(e.text) + len(e.pair))
-    encoded = encode(tokenizer, [e.text for e in rows], [e.pair for e in rows], length)
-    labels = torch.tensor([e.label for e in rows], device=device)
-    return Encoded(*(part.to(device) for part in encoded)), labels

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from lablib.compression.recover import recover
-from lablib.data.packages import DataError
-from lablib.data.tasks import Example, Splits, few_shot, licence_texts
-from lablib.models.classifier import Classifier, Encoded, encode, predicted
+from lablib.data.tasks import Splits, few_shot, licence_texts
+from lablib.models.classifier import Classifier, encode_examples, predicted
 from lablib.models.scores import scored
 from lablib.peft.legal_adaptation import adapt_, masked_loss, prefix_of, start_
-from lablib.peft.on_glue import Speaker
+from lablib.peft.on_gpu import Speaker, on_gpu
 from lablib.peft.prefix import drop_mlp_, prefix_
 from lablib.peft.tuning import backbone_above, tune
 
@@ -58,18 +57,15 @@ class Readers(NamedTuple):
     losses: dict[str, float]
 
 
-def say_reading(lab: Speaker, tasks: Iterable[str], splits_of: Callable[[str], Splits]) -> None:
-    """At the gpu tier, a line on the reading and one a task; else, that it needs a GPU.
+@on_gpu("That takes a GPU, so RoBERTa read nothing here.")
+def say_reading(
+    lab: Speaker, device: str, tasks: Iterable[str], splits_of: Callable[[str], Splits]
+) -> None:
+    """A line on the reading, and one a task.
 
-    tasks: names that `splits_of` knows. It is also said if the hub can't be reached.
+    tasks: names that `splits_of` knows.
     """
-    if lab.tier != "gpu":
-        return lab.say("That takes a GPU, so RoBERTa read nothing here.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model, tokenizer = filler()
-    except DataError as error:
-        return lab.say(str(error))
+    model, tokenizer = filler()
     texts = [[document.text for document in part] for part in licence_texts()]
     readers = read(model, tokenizer, *texts, device=device)
     told = ", ".join(f"{who} {nats:.2f}" for who, nats in readers.losses.items())
@@ -151,8 +147,8 @@ def points_of(
     fewest = int(np.bincount([example.label for example in splits.test]).min())
     train = few_shot(splits.train, sizes.labels, seed)
     test = few_shot(splits.test, min(fewest, sizes.judged), 0)
-    few, labels = _encoded(tokenizer, train, sizes.words, device)
-    unseen, truth = _encoded(tokenizer, test, sizes.words, device)
+    few, labels = encode_examples(tokenizer, train, sizes.words, device)
+    unseen, truth = encode_examples(tokenizer, test, sizes.words, device)
     points = {}
     for way in ("prefix", "read, then prefix", "full", "read, then full"):
         classifier = built(readers, way, int(truth.max()) + 1, seed).to(device)
@@ -179,9 +175,3 @@ def built(readers: Readers, way: str, n_labels: int, seed: int) -> Classifier:
         start_(model, readers.prefix)
     torch.manual_seed(seed)  # the layer on top starts alike in all ways
     return Classifier(model, n_labels)
-
-
-def _encoded(tokenizer, examples: list[Example], words: int, device: str) -> tuple[Encoded, Tensor]:
-    encoded = encode(tokenizer, [e.text for e in examples], length=words)
-    labels = torch.tensor([e.label for e in examples], device=device)
-    return Encoded(*(part.to(device) for part in encoded)), labels

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from lablib.compression.recover import language_loss, recover
-from lablib.data.packages import DataError
 from lablib.models import anatomy, pretrained
 from lablib.peft.adapter import adapters, freeze_base_, trainable
 from lablib.peft.catalogue import put_
 from lablib.peft.lora import lora_
 from lablib.peft.measure import Method, account, full
-from lablib.peft.on_glue import Speaker
+from lablib.peft.on_gpu import Speaker, on_gpu
 from lablib.peft.peft_position import prune_
 from lablib.peft.qlora import nf4_, qlora_
 from lablib.resources import release_memory
@@ -82,18 +81,10 @@ def of_kinds() -> dict[str, Method]:
     return {"full tuning": full} | {name: partial(put_, name=name) for name in names}
 
 
-def say_memory(lab: Speaker, ways: Mapping[str, Method], sizes: Sizes = SIZES) -> None:
-    """At the gpu tier, a line a way with what a step holds; else, that it needs a GPU.
-
-    It is also said if the hub can't be reached.
-    """
-    if lab.tier != "gpu":
-        return lab.say("That takes a GPU, so no step of a billion weights was made here.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model, _ = pretrained(NAME)
-    except DataError as error:
-        return lab.say(str(error))
+@on_gpu("That takes a GPU, so no step of a billion weights was made here.")
+def say_memory(lab: Speaker, device: str, ways: Mapping[str, Method], sizes: Sizes = SIZES) -> None:
+    """A line a way, with what a step holds."""
+    model, _ = pretrained(NAME)
     rows = rows_of(model, sizes)
     for name, put in ways.items():
         release_memory()  # the last copy: a ladder and its rungs know each other

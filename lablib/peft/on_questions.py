@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lablib.data.hub import hub_rows
-from lablib.data.packages import DataError
 from lablib.data.tasks import Example
 from lablib.models import anatomy, pretrained, scores
-from lablib.models.classifier import Classifier, Encoded, encode, pooling
+from lablib.models.classifier import Classifier, Encoded, encode_examples, pooling, shortest_first
 from lablib.peft import blob
 from lablib.peft.adapter import remove_
 from lablib.peft.lora import lora_
 from lablib.peft.mixed import adapters_to_float32_, in_precision_of_base
-from lablib.peft.on_glue import Speaker
+from lablib.peft.on_gpu import Speaker, on_gpu
 from lablib.peft.tuning import tune
 
 NAME = "HuggingFaceTB/SmolLM2-1.7B-Instruct"
@@ -52,19 +51,11 @@ class Sizes(NamedTuple):
 SIZES = Sizes()
 
 
-def say_answers(lab: Speaker, sizes: Sizes = SIZES) -> None:
-    """At the gpu tier, a line a way with its scores; else, that it needs a GPU.
-
-    It is also said if the hub can't be reached.
-    """
-    if lab.tier != "gpu":
-        return lab.say("That takes a GPU, so no question was asked here.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model, tokenizer = pretrained(NAME, torch.bfloat16 if device == "cuda" else torch.float32)
-        learned, asked = questions("train", sizes.learned), questions("test", sizes.asked)
-    except DataError as error:
-        return lab.say(str(error))
+@on_gpu("That takes a GPU, so no question was asked here.")
+def say_answers(lab: Speaker, device: str, sizes: Sizes = SIZES) -> None:
+    """A line a way, with its scores."""
+    model, tokenizer = pretrained(NAME, torch.bfloat16 if device == "cuda" else torch.float32)
+    learned, asked = questions("train", sizes.learned), questions("test", sizes.asked)
     learned, asked = (fitting(tokenizer, part, sizes.tokens) for part in (learned, asked))
     told = answered(model.to(device), tokenizer, learned, asked, sizes, device=device)
     lab.say(f"{NAME}: {len(learned)} questions to learn from, {len(asked)} others asked.")
@@ -128,8 +119,8 @@ def answered(
     Both ways start from the same weights, to which the model is put back afterwards, and see the
     same questions in the same order.
     """
-    lesson, labels = _encoded(tokenizer, learned, sizes.tokens, device)
-    unseen, truth = _encoded(tokenizer, asked, sizes.tokens, device)
+    lesson, labels = encode_examples(tokenizer, shortest_first(learned), sizes.tokens, device)
+    unseen, truth = encode_examples(tokenizer, shortest_first(asked), sizes.tokens, device)
     words, shared = letters_of(tokenizer), {"batch": sizes.batch, "seed": seed}
     steps = sizes.cycles * blob.cycle_length(len(labels), sizes.batch)
 
@@ -160,13 +151,3 @@ def built(model: nn.Module, way: str, words: Sequence[int], seed: int) -> Reader
     adapters_to_float32_(model)
     torch.manual_seed(seed)  # what BLoB draws in training
     return Reader(model, len(words), "words", words=words)
-
-
-def _encoded(
-    tokenizer, examples: Sequence[Example], tokens: int, device: str
-) -> tuple[Encoded, Tensor]:
-    """Short ones first, so that little is padded where they are judged."""
-    rows = sorted(examples, key=lambda example: len(example.text))
-    encoded = encode(tokenizer, [e.text for e in rows], length=tokens)
-    labels = torch.tensor([e.label for e in rows], device=device)
-    return Encoded(*(part.to(device) for part in encoded)), labels

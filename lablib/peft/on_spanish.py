@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from lablib.compression.calibration import token_losses
 from lablib.compression.recover import recover
-from lablib.data.packages import DataError
 from lablib.models import pretrained
 from lablib.peft import rigochat
 from lablib.peft.adapter import freeze_base_, trainable
 from lablib.peft.mixed import adapters_to_float32_, in_precision_of_base
-from lablib.peft.on_glue import Speaker
+from lablib.peft.on_gpu import Speaker, on_gpu
 from lablib.peft.qlora import nf4_, qlora_
 from lablib.training.checkpoints import corpora
 
@@ -64,24 +63,19 @@ class Seen(NamedTuple):
     others: dict[str, float]
 
 
+@on_gpu("That takes a GPU, so Qwen learned nothing here.")
 def say_spanish(
     lab: Speaker,
+    device: str,
     pairs_of: Callable[[int, int, bool, int], tuple[Pairs, Pairs]],
     sizes: Sizes = SIZES,
     seed: int = 0,
 ) -> None:
-    """At the gpu tier, what is better after training and what is not; else, that it needs a GPU.
+    """What is better after training, and what is not.
 
     pairs_of: (seed, how many, False, how many) -> pairs to train on, and to judge on.
-    It is also said if the hub can't be reached.
     """
-    if lab.tier != "gpu":
-        return lab.say("That takes a GPU, so Qwen learned nothing here.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model, tokenizer = pretrained(NAME, torch.bfloat16 if device == "cuda" else torch.float32)
-    except DataError as error:
-        return lab.say(str(error))
+    model, tokenizer = pretrained(NAME, torch.bfloat16 if device == "cuda" else torch.float32)
     train, test = pairs_of(seed, sizes.pairs, False, sizes.judged)
     others = other_rows(tokenizer, sizes)
     in_four_bits_(model.to(device), sizes.rank, seed)

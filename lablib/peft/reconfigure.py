@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lablib.models import anatomy
+from lablib.modes import kept_requires_grad
 from lablib.peft.adapter import Adapter, WeightAdapter, matrix, method
 
 FEED_FORWARD = ("gate", "up", "down")
@@ -98,23 +99,21 @@ def at_once(
     A cheap priming: of all gradients, one is held at a time. The model stays as it was.
     """
     layers, found, hooks = feed_forward(model), {}, []
-    asked = [(p, p.requires_grad) for p in model.parameters()]
-    model.requires_grad_(False)
-    for name, layer in layers.items():
-        across = int(matrix(layer) is layer.weight)  # GPT-2's are transposed
+    with kept_requires_grad(model):
+        model.requires_grad_(False)
+        for name, layer in layers.items():
+            across = int(matrix(layer) is layer.weight)  # GPT-2's are transposed
 
-        def take(weight: Tensor, name: str = name, across: int = across) -> None:
-            found[name] = weight.grad.abs().sum(across)
-            weight.grad = None
+            def take(weight: Tensor, name: str = name, across: int = across) -> None:
+                found[name] = weight.grad.abs().sum(across)
+                weight.grad = None
 
-        hooks.append(layer.weight.requires_grad_().register_post_accumulate_grad_hook(take))
-    try:
-        loss(model, batch).backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, asks in asked:
-            parameter.requires_grad_(asks)
+            hooks.append(layer.weight.requires_grad_().register_post_accumulate_grad_hook(take))
+        try:
+            loss(model, batch).backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
     return {name: found[name] for name in layers}
 
 

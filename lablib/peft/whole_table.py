@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -66,9 +65,7 @@ def whole_table(
     def outputs(model: nn.Module) -> Tensor:
         return anatomy.logits(model, rows[:, :-1])
 
-    with warnings.catch_warnings():  # Compacter's blocks share matrices, and AdamW says so
-        warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate")
-        taken, found = times(model, puts, loss, outputs, repeats), {}
+    taken, found = times(model, puts, loss, outputs, repeats), {}
     for name, put in puts.items():
         if name in learners:
             extra = {"learn": learn, "judge": judge, "observed": True}

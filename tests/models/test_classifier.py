@@ -2,16 +2,19 @@ import pytest
 import torch
 import transformers as hf
 
+from lablib.data.tasks import Example
 from lablib.models import GPT, GPTConfig, anatomy, weights
 from lablib.models.classifier import (
     Classifier,
     Encoded,
     cached_below,
     encode,
+    encode_examples,
     encoder,
     last_states,
     pooling,
     predicted,
+    shortest_first,
     upper_states,
 )
 
@@ -105,6 +108,17 @@ def test_wrong_pools_are_said():
 def test_a_batch_is_cut_to_its_longest():
     part = padded().at(torch.tensor([2, 1]))
     assert part.inputs.tolist() == [[20, 0, 0], [10, 11, 12]] and part.mask.sum() == 4
+
+
+@pytest.mark.skipif(not weights.is_ready("minilm-l6-v2"), reason="MiniLM is not set up")
+def test_examples_are_encoded_with_their_pairs_and_labels():
+    tokenizer = encoder()[1]
+    examples = [Example("a text of some words", 1, "and its pair"), Example("one", 0)]
+    encoded, labels = encode_examples(tokenizer, examples, length=9)
+    plain = encode(tokenizer, ["a text of some words", "one"], ["and its pair", ""], 9)
+    assert all(torch.equal(a, b) for a, b in zip(encoded, plain))
+    assert labels.tolist() == [1, 0] and encoded.mask.shape == (2, 9)
+    assert shortest_first(examples) == examples[::-1]
 
 
 @pytest.mark.skipif(not weights.is_ready("minilm-l6-v2"), reason="MiniLM is not set up")

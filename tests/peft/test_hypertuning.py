@@ -7,7 +7,7 @@ import transformers as hf
 from families_for_tests import MODELS, SIZES, STILL, TOKENS, moved
 
 from lablib.evidence.claims import NOT_REPRODUCED, judge
-from lablib.evidence.studies import Study
+from lablib.evidence.studies import Study, matching
 from lablib.exercises import hypertuning as exercises
 from lablib.models import anatomy
 from lablib.models.classifier import Classifier, Encoded
@@ -361,6 +361,28 @@ def test_a_hypermodel_that_ignores_labels_or_writes_the_shared_phi_is_told(id):
     pairs = study.values(Study(paper("hypertuning")).runs())[id]
     blind = [pair._replace(method=pair.baseline + 0.1 * (-1) ** pair.seed) for pair in pairs]
     assert judge(paper("hypertuning").claim(id), blind).verdict == NOT_REPRODUCED
+
+
+@pytest.mark.parametrize("kind", study.TUNED_LONGER)
+def test_the_longer_training_has_the_best_of_four_rates_and_no_edge(kind):
+    tried = matching(Study(paper("hypertuning")).runs("TUNING"), kind=kind, **study.LONGER)
+    right = {run["rate"]: run["accuracy"] for run in tried}
+    best = max(right, key=right.get)
+    assert len(right) == 4 and min(right) < best < max(right)
+    assert study.TUNED_LONGER[kind] == best
+
+
+@pytest.mark.parametrize("kind", study.START_LONGER)
+def test_tuning_starts_at_the_best_of_four_rates_and_no_edge(kind):
+    (run,) = (
+        run
+        for run in matching(Study(paper("hypertuning")).runs("TUNING"), kind=kind, **study.LONGER)
+        if "starts" in run
+    )
+    losses = dict(zip(run["starts"], run["tuned_losses"]))
+    best = min(losses, key=losses.get)
+    assert len(losses) == 4 and min(losses) < best < max(losses)
+    assert study.START_LONGER[kind] == best
 
 
 WRONG = {

@@ -8,7 +8,7 @@ from families_for_tests import MODELS, TOKENS
 
 from lablib.data.tasks import with_near_copies
 from lablib.evidence.claims import NOT_REPRODUCED, judge
-from lablib.evidence.studies import Study, replaced
+from lablib.evidence.studies import Study, matching, replaced
 from lablib.exercises import legal_adaptation as exercises
 from lablib.models import anatomy
 from lablib.papers import paper
@@ -260,6 +260,20 @@ def test_a_copy_starts_from_a_prefix_and_the_model_has_none():
     made = legal.with_prefix(model, legal.prefix_of(reader))
     assert torch.equal(anatomy.logits(made, TOKENS), anatomy.logits(reader, TOKENS))
     assert not legal.parts(model) and not legal.parts(legal.with_prefix(model, None))
+
+
+def test_the_larger_decoder_reads_and_every_way_has_its_own_best_rate():
+    row = study.run("larger", 2, 200, tasks="kind", steps=1, reading=1)
+    small = study.run("scratch", 2, 200, tasks="kind", steps=1, reading=1)
+    assert row["scratch_larger_loss"] < small["loss"]  # it was trained for longer
+    assert row["adapted_larger_loss"] != row["scratch_larger_loss"]
+    assert row["full_larger_learning"] > 2 * row["adapted_larger_learning"] > 0
+    tried = matching(Study(paper("legal-adaptation")).runs("TUNING"), kind="larger")
+    for way, rates in study.TRIED_LARGER.items():
+        right = {rates[run["place"]]: run[f"{way}_larger_accuracy"] for run in tried}
+        best = max(right, key=right.get)
+        assert len(right) == 5 and study.BEST_LARGER[way] == best
+        assert min(right) < best < max(right)
 
 
 def test_added_tasks_are_judged_apart():

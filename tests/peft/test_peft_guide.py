@@ -326,14 +326,21 @@ def test_its_verdict_turns_when_nobody_needs_less():
     assert judge(claim, study.values(same)["side"]).verdict == NOT_REPRODUCED
 
 
-@pytest.mark.parametrize("id", ["norms-are-strong", "norms-movies"])
+@pytest.mark.parametrize("id", ["norms-are-strong", "norms-movies", "norms-larger"])
 def test_norms_that_do_nothing_are_not_strong(id):
     stored, claim = Study(paper("peft-guide")).runs(), paper("peft-guide").claim(id)
     idle = replaced(stored, "norms right", "base right")
     assert judge(claim, study.values(idle)[id]).verdict == NOT_REPRODUCED
 
 
-@pytest.mark.parametrize("kind", ["rates", "movies rates"])
+TUNED = {
+    "rates": study.TUNED,
+    "movies rates": study.TUNED_ON_MOVIES,
+    "larger rates": study.TUNED_ON_LARGER,
+}
+
+
+@pytest.mark.parametrize("kind", TUNED)
 def test_all_methods_were_tuned_with_as_many_tries(kind):
     tried = {}
     for run in matching(Study(paper("peft-guide")).runs("TUNING"), kind=kind):
@@ -346,7 +353,18 @@ def test_all_methods_were_tuned_with_as_many_tries(kind):
     for name, found in tried.items():
         assert len(found) == len(study.RATES)
         best[name] = min(found)[1]
-    assert best == (study.TUNED if kind == "rates" else study.TUNED_ON_MOVIES)
+    assert best == TUNED[kind]
+
+
+def test_a_larger_decoder_is_another_one_and_stays_as_it_is():
+    few = {"steps": 2, "rows": 4}
+    before = {n: p.clone() for n, p in study.tiny(study.LARGER)[0].named_parameters()}
+    small, larger = (
+        study.trained("LoRA", 201, 1e-2, **few, of=m) for m in (study.SMALL, study.LARGER)
+    )
+    assert larger["learning"] > small["learning"] and larger["nll"] != small["nll"]
+    after = dict(study.tiny(study.LARGER)[0].named_parameters())
+    assert all(torch.equal(after[name], p) for name, p in before.items())
 
 
 @pytest.mark.parametrize("name", ["Compacter", "ladder side", "head"])
