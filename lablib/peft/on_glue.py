@@ -51,13 +51,27 @@ def named(*names: str, rate: float = 5e-4) -> dict[str, Way]:
 
 @on_gpu("That takes a GPU, so nothing was tuned here.")
 def say_points(
-    lab: Speaker, device: str, ways: Mapping[str, Way], steps: int = 150, length: int = 64
+    lab: Speaker,
+    device: str,
+    ways: Mapping[str, Way],
+    steps: int = 150,
+    length: int = 64,
+    seeds: int = 1,
 ) -> None:
-    """A line a task of GLUE, with what `points_on` gives."""
+    """A line a task of GLUE, with what `points_on` gives: the mean over seeds, and each of them.
+
+    Five minutes a seed on a T4 are planned, and were never timed.
+    """
+    options = {"steps": steps, "length": length, "device": device}
     for task in TASKS:
         splits = load_glue(task, train=16 * steps)
-        found = points_on(splits, ways, steps=steps, length=length, device=device)
-        lab.say(f"{task}: " + ", ".join(f"{way} {points:.1f}" for way, points in found.items()))
+        rows = [points_on(splits, ways, seed=seed, **options) for seed in range(seeds)]
+        lab.say(f"{task}: " + ", ".join(_told(way, [row[way] for row in rows]) for way in rows[0]))
+
+
+def _told(way: str, points: list[float]) -> str:
+    each = f" ({' '.join(f'{one:.1f}' for one in points)})" if len(points) > 1 else ""
+    return f"{way} {sum(points) / len(points):.1f}{each}"
 
 
 def points_on(

@@ -88,6 +88,9 @@ def test_a_line_a_task_where_there_is_a_gpu_and_a_reason_where_there_is_none(mon
     assert lab.said == [f"{task}: x 7.0" for task in kinds] and [s.train for s in seen] == [
         *made.values()
     ]
+    monkeypatch.setattr(on_glue, "points_on", lambda splits, ways, seed, **_: {"x": 7.0 + seed})
+    on_glue.say_points(five := Heard("gpu"), {}, seeds=3)
+    assert five.said == [f"{task}: x 8.0 (7.0 8.0 9.0)" for task in kinds]
     on_glue.say_points(cpu := Heard("cpu"), {})
     assert cpu.said == ["That takes a GPU, so nothing was tuned here."]
 
