@@ -125,7 +125,8 @@ def run(
         return {f"{k}_larger_{key}": row[key] for k, row in rows.items() for key in kept}
     if kind == "own":
         rates = {"adapted": None, "scratch": SCRATCH, "head": None}
-        rows = {k: run(k, n, seed, r, part, tasks, steps, reading) for k, r in rates.items()}
+        few = tasks, steps, reading
+        rows = {k: run(k, n, seed, r, part, *few, model=model) for k, r in rates.items()}
         return {f"{k}_own_{key}": value for k, row in rows.items() for key, value in row.items()}
     start = read(READERS.get(kind, "none"), seed, reading, model)
     rate = TUNED[kind] if rate is None else rate
